@@ -1,0 +1,28 @@
+PYTHON = .build/venv/bin/python
+ENVIRONMENT = python3 tests/environment.py
+
+.PHONY: demo test bench lint format pictures clean environment
+
+test: ## the whole test suite; PYTEST_ARGS narrows it
+	@bash tests/run.sh $(PYTEST_ARGS)
+
+demo: environment ## a ComfyUI with the pack in it, on a free port, until Ctrl+C
+	@$(PYTHON) tests/demo.py
+
+bench: environment
+	@$(PYTHON) tests/benchmarks
+
+pictures: environment ## the images of the documentation and of the example workflows
+	@$(PYTHON) tests/pictures.py
+
+lint: environment
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+
+format: environment
+	@$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format .
+
+clean:
+	@rm -rf .build .coverage
+
+environment:
+	@$(ENVIRONMENT)
