@@ -1,0 +1,49 @@
+"""One job, (flat tensor, scale) -> (codes, statistics), on different devices: the same bytes, at different speeds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..error import ErrorStatistics
+from . import cpu, reference
+
+log = logging.getLogger("stochastic_fp8")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`round_tensor(flat, scale, amax, format, rounding, stream, statistics)` -> (codes, ErrorStatistics or None).
+
+    flat: contiguous float tensor (n,), finite. scale: fp32 0-dim on its device. amax: its largest magnitude.
+    stream: random_bits.stream_key. codes: uint8 (n,) on the same device.
+    `unavailable(x)` says in words why the backend cannot serve a tensor, or returns None.
+    """
+
+    name: str
+    round_tensor: Callable[..., tuple[torch.Tensor, ErrorStatistics | None]]
+    unavailable: Callable[[torch.Tensor], str | None]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", cpu.round_tensor, cpu.unavailable),
+        Backend("reference", reference.round_tensor, reference.unavailable),
+    )
+}
+"""In order of preference; the reference serves every device."""
+
+
+def choose_backend(x: torch.Tensor) -> Backend:
+    """The first backend that can serve a tensor. Raises RuntimeError listing each one's reason if none can."""
+    refusals = {}
+    for backend in BACKENDS.values():
+        refusals[backend.name] = backend.unavailable(x)
+        if refusals[backend.name] is None:
+            return backend
+        log.debug("backend %s cannot serve %s: %s", backend.name, x.device, refusals[backend.name])
+    raise RuntimeError("no backend can quantize this tensor: " + "; ".join(f"{k}: {v}" for k, v in refusals.items()))

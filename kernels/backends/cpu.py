@@ -1,0 +1,181 @@
+"""The fast path on a CPU: the reference's arithmetic in place, in chunks that stay in the cache.
+
+Every intermediate lives in a preallocated buffer, so a chunk costs no allocation and few memory passes. A 16-bit
+source has only 65,536 values: its errors are counted by value and turned into statistics once, at the end.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from ..error import ErrorStatistics, measure, merge
+from ..formats import Float8Format
+from ..random_bits import BLOCK, LANE, block_keys, fill_words
+from ..rounding import FP32_BIAS, FP32_MANTISSA, FRACTION_BITS, ONE, Rounding, code_positions, round_to_codes
+
+CHUNK_BLOCKS = 4
+COUNTING_THRESHOLD = 1 << 19
+"""From this many elements on, counting a 16-bit tensor's values is cheaper than measuring each element."""
+
+_VALUES = 1 << 16
+
+
+def unavailable(x: torch.Tensor) -> str | None:
+    """Why this backend cannot serve a tensor, or None if it can."""
+    return None if x.device.type == "cpu" else "it computes on the CPU only"
+
+
+def round_tensor(
+    flat: torch.Tensor,
+    scale: torch.Tensor,
+    amax: float,
+    format: Float8Format,
+    rounding: Rounding,
+    stream: int,
+    statistics: bool,
+) -> tuple[torch.Tensor, ErrorStatistics | None]:
+    """See backends.Backend."""
+    codes = torch.empty(flat.shape, dtype=torch.uint8)
+    chunks = _Chunks(flat.numel(), scale, amax, format, rounding, stream)
+    recorder = _recorder(flat, chunks, amax) if statistics else None
+    for start in range(0, flat.numel(), CHUNK_BLOCKS * BLOCK):
+        source = flat[start : start + CHUNK_BLOCKS * BLOCK]
+        target = codes[start : start + CHUNK_BLOCKS * BLOCK]
+        positions = chunks.positions(source)
+        if recorder:
+            recorder.record_positions(source, positions)
+        chunks.draw(positions, start // BLOCK)
+        target.copy_(chunks.signed(positions))
+        if recorder:
+            recorder.record_codes(source, target)
+    return codes, recorder.result() if recorder else None
+
+
+class _Chunks:
+    """source -> scaled -> position -> code, one chunk at a time, in buffers that the next chunk overwrites."""
+
+    def __init__(self, count, scale, amax, format, rounding, stream):
+        self.scale, self.format, self.rounding, self.stream = scale, format, rounding, stream
+        self.fraction_bits = FRACTION_BITS if rounding.stochastic else 0
+        self.saturates = amax / scale.item() > format.max
+        blocks, width = min(CHUNK_BLOCKS, -(-count // BLOCK)), min(LANE, count)
+        self.scaled = torch.empty(2 * blocks * width)
+        self.position, self.other = torch.empty((2, 2 * blocks * width), dtype=torch.int32)
+        self.subnormal = torch.empty(2 * blocks * width, dtype=torch.bool)
+        self.low, self.high = torch.empty((2, blocks, width), dtype=torch.int32)
+
+    def positions(self, source: torch.Tensor) -> torch.Tensor:
+        """rounding.code_positions of source / scale."""
+        n, format, surplus = source.numel(), self.format, self._surplus_bits
+        scaled, position, other, subnormal = (b[:n] for b in (self.scaled, self.position, self.other, self.subnormal))
+        torch.div(scaled.copy_(source), self.scale, out=scaled)
+        # Normals: exponent and mantissa field count up with the value; the surplus bits go, ties to even.
+        torch.bitwise_and(scaled.view(torch.int32), 0x7FFFFFFF, out=position)
+        torch.lt(position.view(torch.float32), format.smallest_normal, out=subnormal)
+        position.sub_((FP32_BIAS - format.exponent_bias) << FP32_MANTISSA)
+        torch.bitwise_right_shift(position, surplus, out=other).bitwise_and_(1)
+        position.add_(other).add_((1 << (surplus - 1)) - 1).bitwise_right_shift_(surplus)
+        # Subnormals: adding a number whose ulp is one unit of the position rounds to that unit.
+        anchor = 1.5 * 2**FP32_MANTISSA * format.quantum / 2**self.fraction_bits
+        torch.abs(scaled, out=other.view(torch.float32)).add_(anchor)
+        other.sub_(_float_bits(anchor))
+        return torch.where(subnormal, other, position, out=position)
+
+    def draw(self, positions: torch.Tensor, first_block: int) -> None:
+        """Turn positions into magnitude codes, in place. `first_block`: the chunk's place in the tensor."""
+        if self.rounding.stochastic:
+            self._add_words(first_block, -(-positions.numel() // BLOCK))
+            positions.bitwise_right_shift_(FRACTION_BITS)
+        if self.saturates:
+            positions.clamp_(max=self.format.max_code)
+
+    def signed(self, magnitudes: torch.Tensor) -> torch.Tensor:
+        """Magnitude codes with the signs of the chunk's source, in place."""
+        sign = self.scaled.view(torch.int32)[: magnitudes.numel()]
+        return magnitudes.bitwise_or_(sign.bitwise_right_shift_(24).bitwise_and_(0x80))
+
+    @property
+    def _surplus_bits(self) -> int:
+        return FP32_MANTISSA - self.format.mantissa_bits - self.fraction_bits
+
+    def _add_words(self, first_block: int, blocks: int) -> None:
+        low, high = self.low[:blocks], self.high[:blocks]
+        fill_words(block_keys(self.stream, first_block, blocks), low, high)
+        lanes = self.position[: 2 * low.numel()].view(blocks, 2, -1)
+        for lane, words in ((0, low), (1, high)):
+            lanes[:, lane].add_(words.bitwise_xor_(ONE - 1) if self.rounding.complements_words else words)
+
+
+def _recorder(flat: torch.Tensor, chunks: _Chunks, amax: float):
+    if flat.dtype.itemsize == 2 and flat.numel() >= COUNTING_THRESHOLD:
+        return _CountingRecorder(flat.dtype, chunks, amax)
+    return _MeasuringRecorder(chunks, amax)
+
+
+class _MeasuringRecorder:
+    """Statistics of each element, summed over the chunks."""
+
+    def __init__(self, chunks: _Chunks, amax: float):
+        self.chunks, self.amax, self.parts = chunks, amax, []
+
+    def record_positions(self, source: torch.Tensor, positions: torch.Tensor) -> None:
+        exact = self.chunks.rounding.stochastic
+        self.positions = positions.clone() if exact else code_positions(source.float() / self.chunks.scale, self.chunks.format, FRACTION_BITS)
+
+    def record_codes(self, source: torch.Tensor, codes: torch.Tensor) -> None:
+        original = source if source.dtype == torch.float64 else source.float()
+        self.parts.append(measure(original, codes, self.positions, self.chunks.scale, self.amax, self.chunks.format))
+
+    def result(self) -> ErrorStatistics:
+        return merge(self.parts)
+
+
+class _CountingRecorder:
+    """How often each 16-bit value was rounded down and how often up: the exact statistics at the cost of counting."""
+
+    def __init__(self, dtype: torch.dtype, chunks: _Chunks, amax: float):
+        self.dtype, self.chunks, self.amax = dtype, chunks, amax
+        self.counts = torch.zeros(2 * _VALUES, dtype=torch.int64)
+        self.outcome = torch.empty_like(chunks.position)
+
+    def record_positions(self, source: torch.Tensor, positions: torch.Tensor) -> None:
+        below = self.outcome[: positions.numel()]
+        if self.chunks.rounding.stochastic:
+            torch.bitwise_right_shift(positions, FRACTION_BITS, out=below)
+            if self.chunks.saturates:
+                below.clamp_(max=self.chunks.format.max_code)
+
+    def record_codes(self, source: torch.Tensor, codes: torch.Tensor) -> None:
+        n = source.numel()
+        outcome, value = self.outcome[:n], self.chunks.position[:n]
+        if self.chunks.rounding.stochastic:
+            torch.sub(value.bitwise_and_(0x7F), outcome, out=outcome).bitwise_left_shift_(16)
+        else:
+            outcome.zero_()
+        outcome.add_(value.copy_(source.view(torch.int16)).bitwise_and_(_VALUES - 1))
+        self.counts += torch.bincount(outcome, minlength=2 * _VALUES)
+
+    def result(self) -> ErrorStatistics:
+        chunks = self.chunks
+        down, up = self.counts.view(2, _VALUES)
+        return merge(self._measure(counts, step) for step, counts in enumerate((down, up)))
+
+    def _measure(self, counts: torch.Tensor, step: int) -> ErrorStatistics:
+        """Statistics of all values that came out `step` codes above the one below."""
+        chunks = self.chunks
+        values = counts.nonzero().squeeze(1)
+        original = values.to(torch.int16).view(self.dtype)
+        scaled = original.float() / chunks.scale
+        positions = code_positions(scaled, chunks.format, FRACTION_BITS)
+        if chunks.rounding.stochastic:
+            magnitude = ((positions >> FRACTION_BITS) + step).clamp(max=chunks.format.max_code)
+            codes = (magnitude | ((scaled.view(torch.int32) >> 24) & 0x80)).to(torch.uint8)
+        else:
+            codes = round_to_codes(scaled, None, chunks.format, chunks.rounding)
+        return measure(original.double(), codes, positions, chunks.scale, self.amax, chunks.format, counts[values])
+
+
+def _float_bits(x: float) -> int:
+    return struct.unpack("<i", struct.pack("<f", x))[0]

@@ -1,0 +1,65 @@
+"""The two FP8 formats, as data: every constant is derived from three numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Float8Format:
+    """A sign-magnitude 8-bit float whose seven magnitude bits count up with the value.
+
+    So the next representable neighbour of a code is that code plus or minus one.
+    Source: Micikevicius et al., FP8 Formats for Deep Learning (2022), table 1.
+    """
+
+    name: str
+    """The name of the torch dtype."""
+    mantissa_bits: int
+    exponent_bias: int
+    max_code: int
+    """Magnitude code of the largest finite value."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.name)
+
+    @property
+    def quantum(self) -> float:
+        """The smallest subnormal: the absolute grid step around zero."""
+        return math.ldexp(1.0, 1 - self.exponent_bias - self.mantissa_bits)
+
+    @property
+    def smallest_normal(self) -> float:
+        return math.ldexp(1.0, 1 - self.exponent_bias)
+
+    @property
+    def max(self) -> float:
+        """The largest finite value."""
+        return self.decode(self.max_code)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The value of each of the 256 codes, NaN and infinities included."""
+        return tuple(self.decode(code) for code in range(256))
+
+    def decode(self, code: int) -> float:
+        """The value of one code in 0..255."""
+        if not 0 <= code <= 0xFF:
+            raise ValueError(f"{code} is not a code of {self.name}: codes run from 0 to 255")
+        sign = -1.0 if code & 0x80 else 1.0
+        exponent, mantissa = divmod(code & 0x7F, 1 << self.mantissa_bits)
+        if (code & 0x7F) > self.max_code:
+            return sign * math.inf if mantissa == 0 else math.nan
+        if exponent == 0:
+            return sign * mantissa * self.quantum
+        return sign * math.ldexp(1 + mantissa / (1 << self.mantissa_bits), exponent - self.exponent_bias)
+
+
+E4M3FN = Float8Format("float8_e4m3fn", mantissa_bits=3, exponent_bias=7, max_code=0x7E)
+E5M2 = Float8Format("float8_e5m2", mantissa_bits=2, exponent_bias=15, max_code=0x7B)
+
+FORMATS = {format.name: format for format in (E4M3FN, E5M2)}

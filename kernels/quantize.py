@@ -1,0 +1,104 @@
+"""tensor -> scale -> round -> encode, and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from .backends import choose_backend
+from .choices import choose
+from .error import ErrorStatistics, evenly_spaced
+from .formats import FORMATS
+from .random_bits import stream_key
+from .rounding import ROUNDINGS
+from .scaling import SCALINGS, amax_to_scale, tensor_to_amax
+
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class NonFiniteError(ValueError):
+    """A tensor holds NaN or infinite values, which FP8 with a scale cannot represent."""
+
+    def __init__(self, key: str, nan: int, inf: int):
+        self.key, self.nan, self.inf = key, nan, inf
+        super().__init__(f"tensor '{key}' holds {nan} NaN and {inf} infinite values")
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A tensor in scaled FP8: dequantized values are `codes * scale`."""
+
+    codes: torch.Tensor
+    """float8, of the source's shape, contiguous, on its device."""
+    scale: torch.Tensor
+    """fp32, 0-dim, on its device."""
+    amax: float
+    error: ErrorStatistics | None = None
+
+
+def quantize_tensor(
+    x: torch.Tensor,
+    *,
+    format: str = "float8_e4m3fn",
+    rounding: str = "stochastic",
+    scaling: str = "absmax",
+    seed: int = 0,
+    key: str = "",
+    statistics: bool = False,
+    device: torch.device | str | None = None,
+) -> QuantizedTensor:
+    """Quantize a tensor to scaled FP8. The bytes depend on the values and arguments alone, not on device or strides.
+
+    x: float of 16, 32 or 64 bits, any shape and strides; empty gives no codes and scale 1, all-zero gives zeros and
+    scale 1; -0.0 keeps its sign; values beyond the format's range saturate (only with scaling "none").
+    format, rounding, scaling: keys of FORMATS, ROUNDINGS, SCALINGS. seed: 0..2^64-1.
+    key: the tensor key (bare ComfyUI layer name + ".weight"), which with the seed decides the random words.
+    device: where to compute; the result returns to x's device. Default: where x is.
+
+    Raises ValueError for an unknown choice, TypeError for a dtype that is no plain float, NonFiniteError for NaN or
+    infinite values (fp64 values beyond fp32's range included).
+    """
+    float8 = choose(FORMATS, format, "format")
+    method = choose(ROUNDINGS, rounding, "rounding")
+    scaler = choose(SCALINGS, scaling, "scaling")
+    if x.dtype not in SOURCE_DTYPES:
+        raise TypeError(_dtype_error(x, key))
+    flat = x.detach().reshape(-1).to(device or x.device)
+    amax = tensor_to_amax(flat)
+    if not math.isfinite(amax):
+        raise NonFiniteError(key, *_count_nonfinite(flat))
+    scale = amax_to_scale(amax, float8, scaler)
+    backend = choose_backend(flat)
+    stream = stream_key(seed, rounding, key)
+    codes, error = backend.round_tensor(flat, scale, float(amax), float8, method, stream, statistics)
+    codes = codes.view(float8.dtype)
+    if error is not None:
+        error = replace(error, samples=_samples(flat, codes, scale))
+    return QuantizedTensor(codes.reshape(x.shape).to(x.device), scale.to(x.device), float(amax), error)
+
+
+def dequantize_tensor(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """codes * scale, computed in fp32 and returned in `dtype`.
+
+    codes: float8, any shape. scale: fp32, 0-dim (or any shape that broadcasts).
+    """
+    return (codes.float() * scale.to(device=codes.device, dtype=torch.float32)).to(dtype)
+
+
+def _dtype_error(x: torch.Tensor, key: str) -> str:
+    name = str(x.dtype).removeprefix("torch.")
+    hint = "dequantize it first, with its scale" if name.startswith("float8") else "only floating-point tensors can be"
+    return f"tensor '{key}' is {name} and cannot be quantized: {hint}"
+
+
+def _count_nonfinite(flat: torch.Tensor) -> tuple[int, int]:
+    values = flat.float()
+    return int(values.isnan().sum()), int(values.isinf().sum())
+
+
+def _samples(flat: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[tuple[float, float], ...]:
+    index = torch.tensor(evenly_spaced(flat.numel()), dtype=torch.int64, device=flat.device)
+    dequantized = dequantize_tensor(codes.view(torch.uint8)[index].view(codes.dtype), scale)
+    return tuple(zip(flat[index].float().tolist(), dequantized.tolist(), strict=True))
