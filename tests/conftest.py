@@ -1,11 +1,15 @@
-"""Loads the pack the way ComfyUI does: as a package under a made-up name, its folder never on sys.path."""
+"""Loads the pack the way ComfyUI does, as a package under a made-up name, and offers a running ComfyUI."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+
 PACK_ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "stochastic_fp8_pack"
+
+_servers = []
 
 
 def hide_pack_root():
@@ -27,3 +31,32 @@ def load_pack():
 hide_pack_root()
 if PACK_NAME not in sys.modules:
     load_pack()
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory):
+    """A running ComfyUI with the pack and the test-only nodes, started when a test process first asks for it."""
+    from comfyui.server import ComfyUIServer
+
+    with ComfyUIServer(tmp_path_factory.mktemp("comfyui")) as server:
+        _servers.append(server)
+        yield server
+        _servers.remove(server)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark tests by their folder, and keep those of one file in one process: each process starts its own server."""
+    for item in items:
+        folder = item.path.parent.name
+        if folder in ("comfyui", "browser"):
+            item.add_marker(getattr(pytest.mark, folder))
+            item.add_marker(pytest.mark.xdist_group(f"{folder}-{item.path.stem}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show the end of ComfyUI's log with a failed test."""
+    report = yield
+    if report.failed and "comfyui" in getattr(item, "fixturenames", ()):
+        report.sections += [("ComfyUI log", server.log()[-6000:]) for server in _servers]
+    return report
