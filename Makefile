@@ -3,7 +3,7 @@ ENVIRONMENT = python3 tests/environment.py
 
 .PHONY: demo test bench lint format pictures clean environment
 
-test: ## the whole test suite; PYTEST_ARGS narrows it
+test: ## the whole test suite, or a part: make test PYTEST_ARGS="tests/unit -k seed"
 	@bash tests/run.sh $(PYTEST_ARGS)
 
 demo: environment ## a ComfyUI with the pack in it, on a free port, until Ctrl+C

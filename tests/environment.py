@@ -141,7 +141,7 @@ def build_node_modules():
 def ensure_chromium():
     if shutil.which("chromium"):
         return
-    say("Installing Chromium and npm from Debian's packages …")
+    say("Installing Chromium from Debian's packages …")
     install_debian_packages("chromium")
 
 

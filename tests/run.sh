@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# Builds what the tests need, then runs them; arguments go to pytest.
+# Builds what the tests need, then runs them. Arguments go to pytest in place of the whole suite:
+#   tests/run.sh tests/unit -k seed
+# BROWSER=1 also installs a browser when there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python3 tests/environment.py ${BROWSER:+--browser}
+
 export COVERAGE_FILE=.build/coverage
-exec .build/venv/bin/python -m pytest tests "${@}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the two test processes share the cores
+if [ "$#" -eq 0 ]; then
+    set -- tests
+fi
+exec .build/venv/bin/python -m pytest -n 2 --dist loadgroup \
+    --cov --cov-config=pyproject.toml --cov-report=term "$@"

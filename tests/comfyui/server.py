@@ -199,8 +199,9 @@ class ComfyUIServer:
         return folder
 
     def log(self):
-        """All that ComfyUI has printed so far."""
-        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+        """All that ComfyUI has printed so far, without colours."""
+        text = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+        return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
     def get(self, path, *, timeout=60, **query):
         """GET a route; JSON answers come parsed, others as bytes. Raises urllib.error.HTTPError on 4xx and 5xx."""

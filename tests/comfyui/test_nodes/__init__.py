@@ -10,9 +10,10 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from safetensors.torch import load_file, save_file
 
-from .text_encoders import shrink_text_encoders
+from .text_encoders import recognise_tiny_t5xxl, shrink_text_encoders
 
 shrink_text_encoders()
+recognise_tiny_t5xxl()
 
 
 class RandomConditioning:

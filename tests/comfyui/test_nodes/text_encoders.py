@@ -6,8 +6,10 @@ then builds the small ones. Real T5-XXL weights would be 10 GB.
 
 import functools
 
+import comfy.sd
 from comfy.sd1_clip import SDClipModel
 
+T5XXL_MARK = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 TINY_CONFIGS = {
     "t5xxl": {"d_ff": 64, "d_kv": 64, "num_heads": 1},
     "clip_l": {
@@ -33,3 +35,16 @@ def shrink_text_encoders():
         create(self, *arguments, **keywords)
 
     SDClipModel.__init__ = create_tiny
+
+
+def recognise_tiny_t5xxl():
+    """Newer versions know T5-XXL by the height of this weight, older ones by its width, which alone is the real one."""
+    detect = comfy.sd.detect_te_model
+
+    @functools.wraps(detect)
+    def detect_tiny(state_dict):
+        if T5XXL_MARK in state_dict and state_dict[T5XXL_MARK].shape[-1] == 4096:
+            return comfy.sd.TEModel.T5_XXL
+        return detect(state_dict)
+
+    comfy.sd.detect_te_model = detect_tiny
