@@ -1,0 +1,426 @@
+"""The file job: one streamed pass from a 16-bit checkpoint to a scaled FP8 one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from .choices import choose
+from .formats import FORMATS
+from .generations import EXACT, verdicts
+from .inspection import ERROR, inspect_source
+from .layers import Selection, select_layers
+from .layouts import HEADER_ENTRY, LAYOUTS, MATMULS, Markings, ScaledLayer, read_markings, read_scale, scaled_layers
+from .presets import diffusers_model
+from .quantize import NonFiniteError, dequantize_tensor, quantize_tensor
+from .report import KeptTensor, LayerReport, Recipe, Report
+from .rounding import ROUNDINGS
+from .safetensors_header import TensorInfo
+from .safetensors_io import CheckpointError, Source, Writer, check_target, fault, open_source, writing
+from .scaling import SCALINGS, tensor_to_amax
+from .version import VERSION
+
+log = logging.getLogger("stochastic_fp8")
+
+RECIPE_ENTRY = "stochastic_fp8"
+"""The metadata entry that says how a file was made."""
+
+NONFINITE = {
+    "error": "stop, and name every tensor with NaN or infinite values",
+    "keep": "leave such a tensor as it is, and list it",
+}
+
+Progress = Callable[[int, int, str], None]
+"""progress(bytes done, bytes in all, tensor key); an exception raised in it cancels the job and leaves nothing."""
+
+
+def quantize_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    format: str = "float8_e4m3fn",
+    rounding: str = "stochastic",
+    scaling: str = "absmax",
+    seed: int = 0,
+    layers: str = "auto",
+    keep: Collection[str] = (),
+    only: Collection[str] = (),
+    suffixes: Collection[str] = (".weight",),
+    layout: str = "native",
+    matmul: str = "full",
+    nonfinite: str = "error",
+    requantize: bool = False,
+    overwrite: bool = False,
+    device: torch.device | str | None = None,
+    statistics: bool = True,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a checkpoint file to a new scaled FP8 file, which is verified before it appears.
+
+    source: a .safetensors file, or the .safetensors.index.json of several. format, rounding, scaling, layers, layout,
+    matmul, nonfinite: keys of FORMATS, ROUNDINGS, SCALINGS, LAYERS, LAYOUTS, MATMULS, NONFINITE. keep, only,
+    suffixes: see select_layers. requantize: allow layers that are already in this format. metadata: entries to add.
+    Weights that are scaled FP8 are dequantized first. Tensors that are not quantized keep every bit. The same source
+    and choices give the same file, byte for byte.
+
+    Raises CheckpointError: files that cannot be read, used or written, and non-finite weights; ValueError: unknown
+    choices and patterns. Whatever is raised, the target is as it was.
+    """
+    recipe = Recipe(
+        format=format,
+        rounding=rounding,
+        scaling=scaling,
+        seed=seed,
+        layers=layers,
+        keep=tuple(keep),
+        only=tuple(only),
+        suffixes=tuple(suffixes),
+        layout=layout,
+        matmul=matmul,
+        nonfinite=nonfinite,
+    )
+    target = Path(target)
+    check_target(target, overwrite)
+    with open_source(source) as opened:
+        _check_other_file(opened, target)
+        job = _Job(opened, recipe)
+        job.check(requantize)
+        if nonfinite == "keep":
+            job.keep_nonfinite()
+        results = job.write(target, overwrite, device, statistics, metadata or {}, progress or _no_progress)
+        log.info("%s: %d layers quantized to %s, %d tensors kept", target, len(results), format, len(job.kept))
+        return job.report(results)
+
+
+def plan_file(source: str | os.PathLike, *, requantize: bool = False, **choices) -> Report:
+    """What quantize_file would do, from the header alone: layers with amax and scale 0, kept tensors, notes, sizes.
+
+    choices: as quantize_file's, those of Recipe. Raises as quantize_file does before it begins to write.
+    """
+    choices |= {name: tuple(choices[name]) for name in ("keep", "only", "suffixes") if name in choices}
+    with open_source(source) as opened:
+        job = _Job(opened, Recipe(**choices))
+        job.check(requantize)
+        return job.report({})
+
+
+@dataclass(frozen=True)
+class _Result:
+    amax: float
+    scale: float
+    error: object
+
+
+@dataclass
+class _Job:
+    """One file's quantization: what becomes of each tensor, then the pass over them."""
+
+    source: Source
+    recipe: Recipe
+    markings: Markings = field(init=False)
+    selection: Selection = field(init=False)
+    scaled: dict[str, ScaledLayer] = field(init=False)
+    """The source's own scaled FP8 layers by weight name."""
+    kept: dict[str, str] = field(init=False)
+    """Tensor -> why it stays as it is."""
+    notes: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        for table, choice, what in (
+            (FORMATS, recipe.format, "format"),
+            (ROUNDINGS, recipe.rounding, "rounding"),
+            (SCALINGS, recipe.scaling, "scaling"),
+            (LAYOUTS, recipe.layout, "layout"),
+            (MATMULS, recipe.matmul, "matmul"),
+            (NONFINITE, recipe.nonfinite, "nonfinite"),
+        ):
+            choose(table, choice, what)
+        self.markings = read_markings(self.source)
+        self.selection = select_layers(
+            {name: info for name, info in self.source.tensors.items() if name not in self.markings.tensors},
+            layers=recipe.layers,
+            keep=recipe.keep,
+            only=recipe.only,
+            suffixes=recipe.suffixes,
+        )
+        self.kept = dict(self.selection.kept)
+        self.scaled = scaled_layers(self.source.tensors, self.markings, self._prefix_of)
+        self.notes = [*self.selection.notes, *self._source_notes(), *self._loading_notes()]
+
+    def _prefix_of(self, name: str) -> str:
+        component = self.selection.components.of(name)
+        return component.prefix if component else ""
+
+    @property
+    def quantized(self) -> list[str]:
+        return [name for name in self.selection.quantize if name not in self.kept]
+
+    # What may be done
+
+    def check(self, requantize: bool) -> None:
+        """Raises CheckpointError for a file that cannot be quantized as asked."""
+        tensors = self.source.tensors
+        model = diffusers_model(tensors)
+        if model:
+            text = f"holds {model} in the diffusers layout, of which ComfyUI drops the scales; quantize the ComfyUI "
+            text += "version of this model, or load it in ComfyUI and save it as a checkpoint first"
+            raise fault(self.source.path, text)
+        for layer, entry in (self.markings.inline | self.markings.header).items():
+            format = entry.get("format") if isinstance(entry, dict) else entry
+            if format not in FORMATS:
+                text = f"layer {layer!r} is already quantized as {format}; start from the 16-bit file"
+                raise fault(self.source.path, text)
+        same = [name for name in self.quantized if tensors[name].dtype == self.recipe.format]
+        if same and not requantize:
+            text = (
+                f"{len(same)} layers are already {self.recipe.format}, e.g. {same[0]!r}; start from the 16-bit file, "
+            )
+            raise fault(self.source.path, text + "or ask to requantize, which loses quality a second time")
+        if not self.quantized:
+            reasons = dict.fromkeys(reason for reason in self.kept.values() if reason != "no Linear weight")
+            raise fault(self.source.path, f"has nothing to quantize: {'; '.join(reasons) or 'no Linear weight in it'}")
+        for name in self.scaled:
+            self._source_scale(name)
+
+    def keep_nonfinite(self) -> None:
+        """Move every tensor with NaN or infinite values from the quantized to the kept ones."""
+        for name in self.quantized:
+            x = self._load(name)
+            if not math.isfinite(tensor_to_amax(x)):
+                values = x.float()
+                counts = f"holds {int(values.isnan().sum())} NaN and {int(values.isinf().sum())} infinite values"
+                self.kept[name] = counts
+                self.notes.append(f"{name} is kept: it {counts}")
+
+    # What is written
+
+    def _output_layers(self) -> dict[str, ScaledLayer]:
+        """The scaled layers of the new file by weight name: those quantized now, and those that stay scaled."""
+        full_precision = self.recipe.matmul == "full"
+        made = {
+            name: ScaledLayer(name.removesuffix(".weight"), self.recipe.format, full_precision, self._prefix_of(name))
+            for name in self.quantized
+        }
+        return {**{name: layer for name, layer in self.scaled.items() if name in self.kept}, **made}
+
+    def write(
+        self,
+        target: Path,
+        overwrite: bool,
+        device: torch.device | str | None,
+        statistics: bool,
+        metadata: Mapping[str, str],
+        progress: Progress,
+    ) -> dict[str, _Result]:
+        layout = LAYOUTS[self.recipe.layout]
+        layers = self._output_layers()
+        try:
+            constants = layout.markers(layers.values())
+        except ValueError as error:
+            raise fault(self.source.path, str(error)) from error
+        scales = {layer.name + layout.weight_scale: weight for weight, layer in layers.items()}
+        constants |= {scale: self._source_scale(weight) for scale, weight in scales.items() if weight in self.kept}
+        copies = {name: name for name in self.kept} | {
+            layer + layout.input_scale: name for layer, name in self.markings.input_scales.items()
+        }
+        infos = {
+            **{name: TensorInfo(self.recipe.format, self.source.tensors[name].shape) for name in self.quantized},
+            **{name: TensorInfo("float32", ()) for name in scales},
+            **{name: self.source.tensors[original] for name, original in copies.items()},
+            **{name: TensorInfo.of(tensor) for name, tensor in constants.items()},
+        }
+        entries = self._metadata() | layout.metadata(layers.values()) | dict(metadata)
+        with writing(target, infos, entries, overwrite=overwrite) as writer:
+            for name, tensor in constants.items():
+                writer.write(name, tensor)
+            scale_names = {weight: scale for scale, weight in scales.items()}
+            results = self._stream(writer, copies, scale_names, device, statistics, progress)
+            self._verify(writer, target)
+        return results
+
+    def _stream(self, writer, copies, scale_names, device, statistics, progress) -> dict[str, _Result]:
+        """The pass: while one tensor is rounded, the next is read and the one before is written."""
+        quantized = set(self.quantized)
+        order = [name for name in writer.order if name in quantized or name in copies]
+        total = sum(self.source.tensors[copies.get(name, name)].nbytes for name in order)
+        done = 0
+        results: dict[str, _Result] = {}
+        nonfinite: list[NonFiniteError] = []
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as pool:
+            pending = _Pending()
+            loaded = _one_ahead(reader, self._load, [name for name in order if name in quantized])
+            for name in order:
+                key = self.selection.tensor_key(name)
+                progress(done, total, key)
+                done += self.source.tensors[copies.get(name, name)].nbytes
+                if name in copies:
+                    pending.wait_then(pool, writer.copy, name, self.source, copies[name])
+                    continue
+                try:
+                    q = self._quantize(next(loaded), key, device, statistics)
+                except NonFiniteError as error:
+                    nonfinite.append(error)
+                    continue
+                results[name] = _Result(q.amax, q.scale.item(), q.error)
+                pending.wait_then(pool, _write_layer, writer, name, q.codes, scale_names[name], q.scale)
+            pending.wait()
+        if nonfinite:
+            raise fault(self.source.path, _nonfinite_text(nonfinite))
+        progress(total, total, "")
+        return results
+
+    def _quantize(self, x: torch.Tensor, key: str, device, statistics: bool):
+        recipe = self.recipe
+        return quantize_tensor(
+            x,
+            format=recipe.format,
+            rounding=recipe.rounding,
+            scaling=recipe.scaling,
+            seed=recipe.seed,
+            key=key,
+            statistics=statistics,
+            device=device,
+        )
+
+    def _load(self, name: str) -> torch.Tensor:
+        """A weight to quantize; FP8 is widened to the narrowest dtype that holds its values."""
+        x = self.source.read(name)
+        if name in self.scaled:
+            return dequantize_tensor(x, self._source_scale(name))
+        return x.to(torch.bfloat16) if self.source.tensors[name].dtype in FORMATS else x
+
+    def _source_scale(self, weight: str) -> torch.Tensor:
+        try:
+            return read_scale(self.source, self.markings.weight_scales[self.scaled[weight].name])
+        except ValueError as error:
+            raise fault(self.source.path, f"{error}; start from the 16-bit file") from error
+
+    def _verify(self, writer: Writer, target: Path) -> None:
+        with writer.reopen(target) as written:
+            inspection = inspect_source(written)
+        errors = [finding for finding in inspection.findings if finding.severity == ERROR]
+        chosen = "legacy_e5m2"  # what the user asked for, with a note
+        errors = [finding for finding in errors if finding.code != chosen]
+        if errors:
+            raise fault(target, f"was not written, since ComfyUI could not use it: {errors[0]}")
+
+    # What is said
+
+    def _metadata(self) -> dict[str, str]:
+        entries = {name: text for name, text in self.source.metadata.items() if name != HEADER_ENTRY}
+        key = self.selection.tensor_key
+        recipe = asdict(self.recipe) | {
+            "version": VERSION,
+            "source": self.source.name,
+            "family": self.selection.family,
+            "quantized": [key(name) for name in self.quantized],
+            "kept_layers": [key(name) for name, reason in self.kept.items() if reason != "no Linear weight"],
+        }
+        return entries | {RECIPE_ENTRY: json.dumps(recipe, sort_keys=True)}
+
+    def report(self, results: Mapping[str, _Result]) -> Report:
+        """The report; without results (a plan) amax and scale are 0."""
+        tensors, key = self.source.tensors, self.selection.tensor_key
+        unknown = _Result(0.0, 0.0, None)
+        layers = []
+        for name in self.quantized:
+            info, result = tensors[name], results.get(name, unknown)
+            layers.append(
+                LayerReport(key(name), info.shape, info.dtype, info.nbytes, result.amax, result.scale, result.error)
+            )
+        kept = [
+            KeptTensor(key(name), tensors[name].shape, tensors[name].dtype, tensors[name].nbytes, reason)
+            for name, reason in self.kept.items()
+        ]
+        return Report(
+            self.source.name,
+            self.selection.family,
+            self.recipe,
+            tuple(layers),
+            tuple(kept),
+            self.selection.pattern_hits,
+            tuple(self.notes),
+        )
+
+    def _source_notes(self) -> Iterator[str]:
+        tensors = self.source.tensors
+        quantized = set(self.quantized)
+        dequantized = sum(name in quantized for name in self.scaled)
+        if dequantized:
+            yield f"{dequantized} layers were already scaled FP8: dequantized first, so their first error stays"
+        if len(self.scaled) > dequantized:
+            yield f"{len(self.scaled) - dequantized} layers were already scaled FP8 and stay so, bit for bit"
+        unscaled = sum(tensors[name].dtype in FORMATS and name not in self.scaled for name in quantized)
+        if unscaled:
+            yield f"{unscaled} layers were FP8 without a scale: what that lost is not brought back"
+
+    def _loading_notes(self) -> Iterator[str]:
+        components = self.selection.components
+        ways = ("legacy",) if self.recipe.layout == "legacy" else ("header", "inline")
+        main = components.main
+        for verdict in verdicts(ways, [self.recipe.format], main.family, main.preset.kind, components.all_in_one):
+            if verdict.outcome != EXACT or verdict.text:
+                yield f"{verdict.generation}: {verdict.outcome}; {verdict.text}"
+        if self.recipe.matmul == "fp8" and not self.markings.input_scales:
+            yield "matmul fp8 without input scales: FP8 GPUs clamp activations at ±448, which costs quality"
+
+
+class _Pending:
+    """At most one task under way in another thread."""
+
+    def __init__(self):
+        self.future: Future | None = None
+
+    def wait(self) -> None:
+        future, self.future = self.future, None
+        if future:
+            future.result()
+
+    def wait_then(self, pool: ThreadPoolExecutor, function: Callable, *arguments) -> None:
+        self.wait()
+        self.future = pool.submit(function, *arguments)
+
+
+def _one_ahead(pool: ThreadPoolExecutor, function: Callable, items: list) -> Iterator:
+    """function(item) of each item, the next one being worked on while the consumer is busy with one."""
+    future = None
+    for item in items:
+        following = pool.submit(function, item)
+        if future:
+            yield future.result()
+        future = following
+    if future:
+        yield future.result()
+
+
+def _write_layer(writer: Writer, name: str, codes: torch.Tensor, scale_name: str, scale: torch.Tensor) -> None:
+    writer.write(name, codes)
+    writer.write(scale_name, scale.cpu())
+
+
+def _nonfinite_text(errors: list[NonFiniteError]) -> str:
+    tensors = "; ".join(f"{error.key} ({error.nan} NaN, {error.inf} infinite)" for error in errors)
+    return f"holds values that are not finite: {tensors}; nonfinite 'keep' leaves these tensors as they are"
+
+
+def _check_other_file(source: Source, target: Path) -> None:
+    for file in (source.path, *(file.path for file in source.files)):
+        if target.exists() and os.path.samefile(file, target):
+            raise fault(target, "is the source itself; choose another name for the result")
+
+
+def _no_progress(done: int, total: int, key: str) -> None:
+    pass
+
+
+__all__ = ["CheckpointError", "plan_file", "quantize_file"]
