@@ -9,6 +9,7 @@ serves elements j (low 16 bits) and j + 2^16 (high 16 bits): both halves are con
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import torch
 
@@ -81,5 +82,6 @@ def _splitmix64(key: int, position: int) -> int:
     return word ^ (word >> 31)
 
 
+@lru_cache(maxsize=8)
 def _spread_counters(device: torch.device) -> torch.Tensor:
     return torch.arange(LANE, dtype=torch.int32, device=device).mul_(signed_32(SPREAD))

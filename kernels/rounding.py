@@ -57,7 +57,7 @@ def code_positions(scaled: torch.Tensor, format: Float8Format, fraction_bits: in
 
 
 def _shift_right_to_nearest_even(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """x / 2^bits for non-negative int32 x, rounded to nearest, ties to even. bits >= 1; 26 or more give 0 below 2^24."""
+    """x / 2^bits for int32 x >= 0 and bits >= 1, rounded to nearest, ties to even. Wants x < 2^24 where bits > 25."""
     bits = bits.clamp(max=26)
     odd = (x >> bits) & 1
     return (x + (1 << (bits - 1)) - 1 + odd) >> bits
