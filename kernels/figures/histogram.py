@@ -1,0 +1,253 @@
+"""Error Histogram: how far quantizing moved the values of a model or of one layer, beside what theory says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..error import (
+    RELATIVE_OCTAVES,
+    STEP_BIN_WIDTH,
+    ErrorStatistics,
+    evenly_spaced,
+    merge,
+    relative_bin_edges,
+    step_bin_edges,
+)
+from ..formats import FORMATS
+from ..report import LayerReport, Recipe, Report
+from ..rounding import ROUNDINGS
+from .style import (
+    BLUE,
+    DARK_BLUE,
+    FAINT,
+    INK,
+    LIGHT_BLUE,
+    VERMILION,
+    decibels,
+    grid_area,
+    house_style,
+    new_figure,
+    percent,
+    signed,
+    write_caption,
+    write_inside,
+    write_titles,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCATTER_POINTS = 6000
+DENSITY_BINS = 48
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@house_style()
+def error_histogram(
+    report: Report, layers: Sequence[LayerReport] | None = None, *, width: int = 1024, height: int = 480
+) -> Figure:
+    """Three panels: error in grid steps, error against the largest value, values before and after.
+
+    layers: the layers of `report` to show together; all of them by default. Those without statistics are left out.
+    Raises ValueError if none has statistics.
+    """
+    chosen = [layer for layer in (report.layers if layers is None else layers) if layer.error is not None]
+    if not chosen:
+        raise ValueError(f"the report on {report.source} holds no error statistics: quantize with statistics on")
+    error = merge(layer.error for layer in chosen)
+    figure = new_figure(width, height)
+    area = grid_area(figure, left=0.72, right=0.3, top=1.15, bottom=1.32)
+    steps, relative, scatter = figure.add_gridspec(1, 3, wspace=0.32, **area).subplots()
+    draw_steps(steps, error, report.recipe)
+    draw_relative(relative, error, report.recipe)
+    draw_scatter(scatter, chosen, report.recipe)
+    write_titles(figure, _title(report, chosen), describe_recipe(report.recipe))
+    write_caption(figure, in_plain_words(error), in_numbers(error))
+    return figure
+
+
+def draw_steps(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
+    """Share of values in each bin of the error in grid steps, under the law of the rounding."""
+    shares, edges = _pair_bins(_shares(error.step_histogram, error.count), np.array(step_bin_edges()))
+    axes.stairs(shares, edges, fill=True, color=BLUE, alpha=0.75)
+    for outermost in (0, len(shares) - 1):
+        axes.stairs(shares[outermost : outermost + 1], edges[outermost : outermost + 2], fill=True, color=VERMILION)
+    theory_x, theory_y = _theory(recipe)
+    axes.plot(theory_x, theory_y, color=INK, linewidth=1.2)
+    top = _room_for_all_but_spikes(shares, max(theory_y))
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, top), xticks=(-1, -0.5, 0, 0.5, 1))
+    axes.set(xlabel="error (steps of the FP8 grid)", ylabel="share of values in each bin (%)")
+    axes.set_title("How many steps")
+    write_inside(axes, "line: theory", 0.03, 0.96, ha="left", color=INK)
+    if shares[len(shares) // 2] > top:
+        label = f"{shares[len(shares) // 2]:.3g} % unmoved"
+        axes.annotate(label, (0, top), (0.09, 0.885 * top), color=FAINT, size=8.5, va="center")
+    beyond = (shares[0] + shares[-1]) / 100
+    if beyond:
+        write_inside(axes, f"beyond the\naxis: {percent(beyond)}", 0.98, 0.62, ha="right", color=VERMILION)
+
+
+def draw_relative(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
+    """Share of values an octave of |error| / amax, on a log axis, with the rounding's largest error."""
+    edges = np.array(relative_bin_edges())
+    shares = _shares(error.relative_histogram, error.count) / np.diff(np.log2(edges))
+    limit = _largest_relative_error(recipe)
+    first = edges[np.argmax(shares > 0)] if shares.any() else 1.0
+    axes.set_xscale("log", base=2)
+    axes.stairs(shares, edges, fill=True, color=BLUE, alpha=0.75)
+    axes.axvline(limit, color=INK, linewidth=1.2)
+    axes.set(xlim=(min(first, 2.0**-16), 1), ylim=(0, max(1.25 * shares.max(), 1)))
+    _label_octaves(axes)
+    axes.set(xlabel="|error| / largest value of its layer", ylabel="share of values (% an octave)")
+    axes.set_title("How large")
+    write_inside(axes, f"line: most that {recipe.rounding}\nmoves a normal value", 0.03, 0.92, ha="left", color=INK)
+    if error.exact == error.count:
+        write_inside(axes, "no errors", 0.4, 0.4)
+    elif error.exact:
+        write_inside(axes, f"not shown: {percent(error.exact / error.count)}\nunchanged", 0.03, 0.76, ha="left")
+
+
+def draw_scatter(axes: Axes, layers: Sequence[LayerReport], recipe: Recipe) -> None:
+    """Sampled values after against before, darker where there are more, and the line of no change."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    pairs = sample_pairs(layers)
+    axes.set(xlabel="value before (model units)", ylabel="value after (model units)")
+    axes.set_title("Before and after")
+    if not len(pairs):
+        write_inside(axes, "no values")
+        return
+    largest = float(np.abs(pairs).max()) or 1.0
+    axes.plot((-largest, largest), (-largest, largest), color=INK, linewidth=0.9, zorder=1)
+    density, pairs = _with_density(pairs, largest)
+    colours = LinearSegmentedColormap.from_list("density", (LIGHT_BLUE, DARK_BLUE))
+    level = np.log(density)
+    area = min(max(4000 / len(pairs), 7), 30)
+    axes.scatter(*pairs.T, c=level, vmin=0, vmax=max(level.max(), 1), cmap=colours, s=area, linewidths=0, zorder=2)
+    saturated = pairs[_beyond_range(pairs[:, 0], recipe)]
+    if len(saturated):
+        axes.scatter(*saturated.T, color=VERMILION, s=area + 2, linewidths=0, zorder=3)
+        write_inside(axes, "saturated", 0.97, 0.06, ha="right", color=VERMILION)
+    axes.set(xlim=(-1.08 * largest, 1.08 * largest), ylim=(-1.08 * largest, 1.08 * largest))
+    axes.locator_params(nbins=5)
+    write_inside(axes, "line: no change", 0.03, 0.96, ha="left", color=INK)
+
+
+def sample_pairs(layers: Sequence[LayerReport]) -> np.ndarray:
+    """At most SCATTER_POINTS of the layers' (original, dequantized) samples, evenly spaced: float64 (n, 2)."""
+    pairs = [pair for layer in layers for pair in layer.error.samples]
+    return np.array([pairs[i] for i in evenly_spaced(len(pairs), SCATTER_POINTS)], dtype=np.float64).reshape(-1, 2)
+
+
+def describe_recipe(recipe: Recipe) -> str:
+    return f"{recipe.format} · {recipe.rounding} · scaling {recipe.scaling} · seed {recipe.seed}"
+
+
+def in_plain_words(error: ErrorStatistics) -> str:
+    """What happened to the values, as one sentence."""
+    if not error.count:
+        return "There are no values."
+    if error.exact == error.count:
+        zeros = "All values are zero" if not error.sum_squared else "FP8 holds every value exactly"
+        return f"{zeros}: nothing was lost."
+    sentence = f"The error is {percent(error.relative_rmse)} of a typical value"
+    losses = []
+    if error.saturated:
+        losses.append(f"{percent(error.saturated / error.count)} of the values were too large for FP8 and were cut")
+    if error.flushed:
+        losses.append(f"{percent(error.flushed / error.count)} became zero")
+    return f"{sentence}; {' and '.join(losses) if losses else 'no value was cut off or became zero'}."
+
+
+def in_numbers(error: ErrorStatistics) -> str:
+    """Bias, relative RMSE, SQNR, saturated and flushed shares on one line."""
+    count = error.count or 1
+    chance = error.rmse / math.sqrt(count)
+    return " · ".join(
+        (
+            f"bias {signed(error.bias)} (chance alone: ±{signed(chance)[1:]})" if error.rmse else "bias 0",
+            f"relative RMSE {percent(error.relative_rmse)}",
+            f"SQNR {decibels(error.sqnr)}",
+            f"saturated {percent(error.saturated / count)}",
+            f"flushed {percent(error.flushed / count)}",
+        )
+    )
+
+
+def _title(report: Report, layers: Sequence[LayerReport]) -> str:
+    if len(layers) == 1:
+        return layers[0].key
+    which = "all" if len(layers) == len(report.layers) else f"{len(layers)} of {len(report.layers)}"
+    return f"{report.source}: {which} layers"
+
+
+def _shares(counts: Sequence[int], total: int) -> np.ndarray:
+    return 100 * np.array(counts, dtype=np.float64) / (total or 1)
+
+
+def _pair_bins(shares: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bins of twice the width, one still centred on 0, each with half of the fine bins beside it.
+
+    Sources of 16 bits lie on a grid of 1/16 step or so, which would show as a comb in the finer bins.
+    """
+    halves = shares[1::2] / 2
+    paired = shares[::2].copy()
+    paired[1:] += halves
+    paired[:-1] += halves
+    return paired, np.concatenate((edges[:1], (edges[1:-2:2] + edges[2:-1:2]) / 2, edges[-1:]))
+
+
+def _theory(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The law of the error in steps, as a polygon, if values lie evenly between their neighbours."""
+    peak = 100 * 2 * STEP_BIN_WIDTH
+    if ROUNDINGS[recipe.rounding].stochastic:
+        return (-1, 0, 1), (0, peak, 0)
+    return (-0.5, -0.5, 0.5, 0.5), (0, peak, peak, 0)
+
+
+def _largest_relative_error(recipe: Recipe) -> float:
+    """Of a normal value, unless it saturates: half a step for nearest, a whole one for stochastic rounding."""
+    step = 2.0 ** -FORMATS[recipe.format].mantissa_bits
+    return step if ROUNDINGS[recipe.rounding].stochastic else step / 2
+
+
+def _room_for_all_but_spikes(shares: np.ndarray, theory: float) -> float:
+    """The top of the axis: spikes of unmoved and of saturated values may stick out of it, and are written."""
+    middle = len(shares) // 2
+    others = np.delete(shares, (0, middle, len(shares) - 1))
+    return 1.3 * max(theory, others.max())
+
+
+def _label_octaves(axes: Axes) -> None:
+    """Ticks at round powers of ten read better than powers of two."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    lowest = axes.get_xlim()[0]
+    powers = [power for power in range(-RELATIVE_OCTAVES, 1) if 10.0**power >= lowest]
+    stride = -(-len(powers) // 6)
+    axes.xaxis.set_major_locator(FixedLocator([10.0**power for power in powers[::-1][::stride]]))
+    axes.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _power_of_ten(x: float, _=None) -> str:
+    exponent = round(math.log10(x))
+    return f"10{str(exponent).translate(SUPERSCRIPTS)}" if exponent else "1"
+
+
+def _with_density(pairs: np.ndarray, largest: float) -> tuple[np.ndarray, np.ndarray]:
+    """How many samples share each one's cell of a DENSITY_BINS grid, and the samples, sparse cells first."""
+    cells = ((pairs / largest + 1) / 2 * (DENSITY_BINS - 1)).astype(int) @ (DENSITY_BINS, 1)
+    density = np.bincount(cells)[cells]
+    order = np.argsort(density, kind="stable")
+    return density[order], pairs[order]
+
+
+def _beyond_range(values: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Which values saturated: only without a scale do any."""
+    return (np.abs(values) > FORMATS[recipe.format].max) & (recipe.scaling == "none")

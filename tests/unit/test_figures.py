@@ -1,0 +1,311 @@
+"""The figures are read back: what their artists hold is checked against the report, and their pixels against goldens.
+
+UPDATE_GOLDENS=1 writes the golden thumbnails anew; look at them before committing.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PACK_ROOT
+from matplotlib.patches import StepPatch
+from PIL import Image
+from reports import heavy_tailed, repeated, report_on, small_report
+from stochastic_fp8_pack.kernels import ErrorStatistics
+from stochastic_fp8_pack.kernels.figures import error_histogram, save_png, to_image
+from stochastic_fp8_pack.kernels.figures.histogram import in_numbers, in_plain_words
+from stochastic_fp8_pack.kernels.figures.style import percent, shorten_middle, signed
+
+GOLDENS = Path(__file__).parent / "golden_figures"
+THUMBNAIL_WIDTH = 256
+LONG_NAME = "a_module_with_a_name_of_some_length." * 6 + "weight"
+
+RECIPES = {
+    "stochastic": {},
+    "nearest": {"rounding": "nearest"},
+    "e5m2": {"format": "float8_e5m2"},
+    "saturated": {"scaling": "none"},
+}
+
+
+def saturating_report():
+    return report_on({"blocks.0.mlp.fc1.weight": heavy_tailed(1, 64, 64) * 200}, scaling="none")
+
+
+REPORTS = {
+    **{name: lambda recipe=recipe: small_report(**recipe) for name, recipe in RECIPES.items()},
+    "all zero": lambda: report_on({"blocks.0.weight": torch.zeros(16, 16)}),
+    "empty": lambda: report_on({"blocks.0.weight": torch.zeros(0, 16)}),
+    "one number": lambda: report_on({"blocks.0.weight": torch.ones(1)}),
+    "a thousand layers": lambda: repeated(small_report(), 1000),
+    "long names": lambda: report_on({LONG_NAME: heavy_tailed(1, 32, 32)}),
+    "saturating": saturating_report,
+}
+
+
+@pytest.fixture(params=REPORTS)
+def report(request):
+    return REPORTS[request.param]()
+
+
+def axes_of(figure, title):
+    (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left") == title)
+    return axes
+
+
+def texts(figure):
+    return "\n".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+
+
+def pixels(figure):
+    return (to_image(figure)[0].numpy() * 255).round().astype(np.uint8)
+
+
+def assert_sound(figure):
+    """Finite axes, and no text that leaves the picture or lies on another."""
+    figure.canvas.draw()
+    for axes in figure.axes:
+        limits = axes.get_xlim() + axes.get_ylim()
+        assert np.isfinite(limits).all()
+        assert limits[0] != limits[1]
+        assert limits[2] != limits[3]
+    boxes = {text: text.get_window_extent() for text in visible_texts(figure)}
+    for text, box in boxes.items():
+        assert box.x0 >= -1 and box.y0 >= -1, text
+        assert box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1, text
+    listed = list(boxes.items())
+    for i, (text, box) in enumerate(listed):
+        for other, other_box in listed[i + 1 :]:
+            assert not box.shrunk(0.98, 0.8).overlaps(other_box.shrunk(0.98, 0.8)), (text, other)
+
+
+def visible_texts(figure):
+    ticks = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in all_labels(axis)}
+    for text in figure.findobj(lambda artist: hasattr(artist, "get_window_extent") and hasattr(artist, "get_text")):
+        if text.get_visible() and text.get_text().strip() and text not in ticks:
+            yield text
+    for axes in figure.axes:
+        for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+            for tick, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False):
+                if axis.get_visible() and axes.axison and low <= tick <= high and label.get_text():
+                    yield label
+
+
+def all_labels(axis):
+    return axis.get_ticklabels(minor=False) + axis.get_ticklabels(minor=True)
+
+
+def assert_like_golden(figure, name):
+    """The picture at THUMBNAIL_WIDTH, within a mean difference that fonts and antialiasing may make."""
+    height = round(figure.bbox.height * THUMBNAIL_WIDTH / figure.bbox.width)
+    thumbnail = Image.fromarray(pixels(figure)).resize((THUMBNAIL_WIDTH, height), Image.Resampling.BOX)
+    path = GOLDENS / f"{name}.png"
+    if os.environ.get("UPDATE_GOLDENS"):
+        GOLDENS.mkdir(exist_ok=True)
+        thumbnail.save(path, optimize=True)
+    golden = np.asarray(Image.open(path).convert("RGB"), dtype=float)
+    difference = np.abs(np.asarray(thumbnail, dtype=float) - golden)
+    assert difference.mean() < 2, f"{name}: differs from its golden thumbnail by {difference.mean():.2f} levels of 255"
+
+
+# --- every figure
+
+
+def test_matplotlib_is_imported_when_a_figure_is_drawn():
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import conftest, stochastic_fp8_pack.kernels.figures;"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=PACK_ROOT, check=True)
+
+
+def test_no_pyplot():
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import conftest; from reports import small_report;"
+        "from stochastic_fp8_pack.kernels.figures import error_histogram, to_image;"
+        "to_image(error_histogram(small_report())); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=PACK_ROOT, check=True)
+
+
+@pytest.mark.parametrize("size", [(1024, 480), (777, 333), (2048, 1024)])
+def test_image_size_and_range(size):
+    image = to_image(error_histogram(small_report(), width=size[0], height=size[1]))
+    assert image.shape == (1, size[1], size[0], 3)
+    assert image.dtype == torch.float32
+    assert 0 <= image.min() < 0.3
+    assert image.max() == 1
+
+
+def test_a_size_out_of_range_is_named():
+    with pytest.raises(ValueError, match="width is 99 pixels: choose one from 256 to 4096"):
+        error_histogram(small_report(), width=99)
+
+
+def test_the_users_matplotlib_settings_do_not_show():
+    import matplotlib
+
+    plain = pixels(error_histogram(small_report()))
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "lines.linewidth": 9}):
+        assert (pixels(error_histogram(small_report())) == plain).all()
+
+
+def test_png_bytes_repeat(tmp_path):
+    for name in ("a.png", "b.png"):
+        save_png(error_histogram(small_report()), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").size == (1024, 480)
+
+
+def test_shorten_middle():
+    assert shorten_middle("short", 5) == "short"
+    assert shorten_middle("abcdefghijklmnop", 10) == "abc…klmnop"
+
+
+def test_percent_never_rounds_to_zero_or_to_powers():
+    assert [percent(share) for share in (0, 1e-7, 0.00123, 0.5, 0.997, 1)] == [
+        "0 %",
+        "<0.001 %",
+        "0.123 %",
+        "50 %",
+        "99.7 %",
+        "100 %",
+    ]
+
+
+def test_signed():
+    assert [signed(-1.23e-7), signed(4.0)] == ["−1.2e−7", "+4.0e0"]
+
+
+# --- FP8 Error Histogram
+
+
+def test_histogram_is_sound(report):
+    assert_sound(error_histogram(report))
+
+
+def test_histogram_bars_hold_the_reports_counts():
+    report = small_report()
+    axes = axes_of(error_histogram(report), "How many steps")
+    shares, edges, _ = axes.findobj(StepPatch)[0].get_data()
+    counts = np.sum([layer.error.step_histogram for layer in report.layers], axis=0)
+    total = sum(layer.error.count for layer in report.layers)
+    assert len(shares) == 41
+    assert shares.sum() == pytest.approx(100)
+    assert shares[20] == pytest.approx(100 * (counts[39] / 2 + counts[40] + counts[41] / 2) / total)
+    assert shares[0] == pytest.approx(100 * (counts[0] + counts[1] / 2) / total)
+    assert edges[20:22] == pytest.approx([-1 / 32, 1 / 32])
+
+
+@pytest.mark.parametrize(
+    ("rounding", "corners"),
+    [("stochastic", [(-1, 0), (0, 6.25), (1, 0)]), ("nearest", [(-0.5, 0), (-0.5, 6.25), (0.5, 6.25), (0.5, 0)])],
+)
+def test_histogram_theory_line(rounding, corners):
+    (line,) = axes_of(error_histogram(small_report(rounding=rounding)), "How many steps").lines
+    assert line.get_xydata() == pytest.approx(np.array(corners))
+
+
+def test_relative_error_bars_hold_the_reports_counts():
+    report = small_report(rounding="nearest")
+    axes = axes_of(error_histogram(report), "How large")
+    shares, edges, _ = axes.findobj(StepPatch)[0].get_data()
+    counts = np.sum([layer.error.relative_histogram for layer in report.layers], axis=0)
+    widths = np.array([np.log2(1.5), np.log2(4 / 3)] * 32)
+    assert shares == pytest.approx(100 * counts / 8192 / widths)
+    assert (edges[0], edges[-1]) == (2.0**-32, 1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limit"),
+    [
+        ({"rounding": "nearest"}, 1 / 16),
+        ({"rounding": "owlshift"}, 1 / 8),
+        ({"rounding": "nearest", "format": "float8_e5m2"}, 1 / 8),
+        ({"format": "float8_e5m2"}, 1 / 4),
+    ],
+)
+def test_relative_error_limit(recipe, limit):
+    (line,) = axes_of(error_histogram(small_report(**recipe)), "How large").lines
+    assert line.get_xdata() == [limit, limit]
+
+
+def test_scatter_holds_the_samples():
+    report = small_report()
+    axes = axes_of(error_histogram(report), "Before and after")
+    drawn = {tuple(point) for point in axes.collections[0].get_offsets().data}
+    assert drawn == {pair for layer in report.layers for pair in layer.error.samples}
+
+
+def test_scatter_gives_every_layer_its_share():
+    axes = axes_of(error_histogram(repeated(small_report(), 100)), "Before and after")
+    points = axes.collections[0].get_offsets()
+    first_layer = set(small_report().layers[0].error.samples)
+    share = sum(tuple(point) in first_layer for point in points) / len(points)
+    assert share == pytest.approx(0.25, abs=0.02)
+
+
+def test_saturated_values_are_coloured_apart():
+    report = saturating_report()
+    axes = axes_of(error_histogram(report), "Before and after")
+    marked = {tuple(point) for point in axes.collections[1].get_offsets().data}
+    expected = {(before, after) for before, after in report.layers[0].error.samples if abs(before) > 448}
+    assert marked == expected
+    assert {abs(after) for _, after in marked} == {448}
+
+
+def test_histogram_of_chosen_layers():
+    report = small_report()
+    figure = error_histogram(report, report.layers[1:3])
+    assert "made_up.safetensors: 2 of 4 layers" in texts(figure)
+    shares, _, _ = axes_of(figure, "How many steps").findobj(StepPatch)[0].get_data()
+    counts = np.add(report.layers[1].error.step_histogram, report.layers[2].error.step_histogram)
+    assert shares[20] == pytest.approx(100 * (counts[39] / 2 + counts[40] + counts[41] / 2) / 4096)
+
+
+def test_histogram_without_statistics_says_so():
+    report = small_report()
+    report = replace(report, layers=tuple(replace(layer, error=None) for layer in report.layers))
+    with pytest.raises(ValueError, match="made_up.safetensors holds no error statistics"):
+        error_histogram(report)
+
+
+def test_caption_in_plain_words():
+    lossy = ErrorStatistics(count=1000, sum_squared_error=4.0, sum_squared=1600.0, saturated=2, flushed=10)
+    assert in_plain_words(lossy) == (
+        "The error is 5 % of a typical value; "
+        "0.2 % of the values were too large for FP8 and were cut and 1 % became zero."
+    )
+    assert in_plain_words(ErrorStatistics(count=4, exact=4)) == "All values are zero: nothing was lost."
+    assert in_plain_words(ErrorStatistics(count=4, exact=4, sum_squared=1.0)) == (
+        "FP8 holds every value exactly: nothing was lost."
+    )
+    assert in_plain_words(ErrorStatistics()) == "There are no values."
+
+
+def test_caption_in_numbers():
+    error = ErrorStatistics(
+        count=10000, sum_error=-0.01, sum_squared_error=4.0, sum_squared=1600.0, saturated=2, flushed=10
+    )
+    assert in_numbers(error) == (
+        "bias −1.0e−6 (chance alone: ±2.0e−4) · relative RMSE 5 % · SQNR 26.0 dB · saturated 0.02 % · flushed 0.1 %"
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_histogram_looks_as_before(name):
+    assert_like_golden(error_histogram(small_report(**RECIPES[name])), f"error_histogram_{name}")
+
+
+def test_histogram_of_a_thousand_layers_is_fast():
+    report = repeated(small_report(), 1000)
+    to_image(error_histogram(small_report()))
+    start = time.process_time()
+    to_image(error_histogram(report))
+    assert time.process_time() - start < 1.5
