@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -17,14 +18,14 @@ from .choices import choose
 from .formats import FORMATS
 from .generations import EXACT, verdicts
 from .inspection import ERROR, inspect_source
-from .layers import Selection, select_layers
+from .layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from .layouts import HEADER_ENTRY, LAYOUTS, MATMULS, Markings, ScaledLayer, read_markings, read_scale, scaled_layers
 from .presets import diffusers_model
 from .quantize import NonFiniteError, dequantize_tensor, quantize_tensor
 from .report import KeptTensor, LayerReport, Recipe, Report
 from .rounding import ROUNDINGS
 from .safetensors_header import TensorInfo
-from .safetensors_io import CheckpointError, Source, Writer, check_target, fault, open_source, writing
+from .safetensors_io import CheckpointError, Source, Writer, check_target, fault, open_source, refuse_same_file, writing
 from .scaling import SCALINGS, tensor_to_amax
 from .version import VERSION
 
@@ -89,9 +90,9 @@ def quantize_file(
         nonfinite=nonfinite,
     )
     target = Path(target)
-    check_target(target, overwrite)
     with open_source(source) as opened:
-        _check_other_file(opened, target)
+        refuse_same_file(opened, target)
+        check_target(target, overwrite)
         job = _Job(opened, recipe)
         job.check(requantize)
         if nonfinite == "keep":
@@ -154,12 +155,8 @@ class _Job:
             suffixes=recipe.suffixes,
         )
         self.kept = dict(self.selection.kept)
-        self.scaled = scaled_layers(self.source.tensors, self.markings, self._prefix_of)
+        self.scaled = scaled_layers(self.source.tensors, self.markings, self.selection.components.prefix_of)
         self.notes = [*self.selection.notes, *self._source_notes(), *self._loading_notes()]
-
-    def _prefix_of(self, name: str) -> str:
-        component = self.selection.components.of(name)
-        return component.prefix if component else ""
 
     @property
     def quantized(self) -> list[str]:
@@ -186,9 +183,7 @@ class _Job:
                 f"{len(same)} layers are already {self.recipe.format}, e.g. {same[0]!r}; start from the 16-bit file, "
             )
             raise fault(self.source.path, text + "or ask to requantize, which loses quality a second time")
-        if not self.quantized:
-            reasons = dict.fromkeys(reason for reason in self.kept.values() if reason != "no Linear weight")
-            raise fault(self.source.path, f"has nothing to quantize: {'; '.join(reasons) or 'no Linear weight in it'}")
+        self._check_anything_left()
         for name in self.scaled:
             self._source_scale(name)
 
@@ -201,6 +196,13 @@ class _Job:
                 counts = f"holds {int(values.isnan().sum())} NaN and {int(values.isinf().sum())} infinite values"
                 self.kept[name] = counts
                 self.notes.append(f"{name} is kept: it {counts}")
+        self._check_anything_left()
+
+    def _check_anything_left(self) -> None:
+        if not self.quantized:
+            reasons = dict.fromkeys(reason for reason in self.kept.values() if reason != NO_LINEAR_WEIGHT)
+            text = "; ".join(reasons) or "there is no Linear weight in it"
+            raise fault(self.source.path, f"has nothing to quantize: {text}")
 
     # What is written
 
@@ -208,7 +210,12 @@ class _Job:
         """The scaled layers of the new file by weight name: those quantized now, and those that stay scaled."""
         full_precision = self.recipe.matmul == "full"
         made = {
-            name: ScaledLayer(name.removesuffix(".weight"), self.recipe.format, full_precision, self._prefix_of(name))
+            name: ScaledLayer(
+                name.removesuffix(".weight"),
+                self.recipe.format,
+                full_precision,
+                self.selection.components.prefix_of(name),
+            )
             for name in self.quantized
         }
         return {**{name: layer for name, layer in self.scaled.items() if name in self.kept}, **made}
@@ -258,7 +265,7 @@ class _Job:
         nonfinite: list[NonFiniteError] = []
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as pool:
             pending = _Pending()
-            loaded = _one_ahead(reader, self._load, [name for name in order if name in quantized])
+            loaded = self._loaded(reader, [name for name in order if name in quantized])
             for name in order:
                 key = self.selection.tensor_key(name)
                 progress(done, total, key)
@@ -292,9 +299,20 @@ class _Job:
             device=device,
         )
 
-    def _load(self, name: str) -> torch.Tensor:
-        """A weight to quantize; FP8 is widened to the narrowest dtype that holds its values."""
-        x = self.source.read(name)
+    def _loaded(self, reader: ThreadPoolExecutor, names: list[str]) -> Iterator[torch.Tensor]:
+        """Each weight, valid until the next is asked for, while that one is being read."""
+        largest = max(self.source.tensors[name].nbytes for name in names)
+        scratch = cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
+        following = None
+        for name in names:
+            current, following = following, reader.submit(self._load, name, next(scratch))
+            if current:
+                yield current.result()
+        yield following.result()
+
+    def _load(self, name: str, scratch: torch.Tensor | None = None) -> torch.Tensor:
+        """A weight to quantize; FP8 is widened to a dtype that holds its values."""
+        x = self.source.read(name, scratch)
         if name in self.scaled:
             return dequantize_tensor(x, self._source_scale(name))
         return x.to(torch.bfloat16) if self.source.tensors[name].dtype in FORMATS else x
@@ -324,7 +342,7 @@ class _Job:
             "source": self.source.name,
             "family": self.selection.family,
             "quantized": [key(name) for name in self.quantized],
-            "kept_layers": [key(name) for name, reason in self.kept.items() if reason != "no Linear weight"],
+            "kept_layers": [key(name) for name, reason in self.kept.items() if reason != NO_LINEAR_WEIGHT],
         }
         return entries | {RECIPE_ENTRY: json.dumps(recipe, sort_keys=True)}
 
@@ -391,18 +409,6 @@ class _Pending:
         self.future = pool.submit(function, *arguments)
 
 
-def _one_ahead(pool: ThreadPoolExecutor, function: Callable, items: list) -> Iterator:
-    """function(item) of each item, the next one being worked on while the consumer is busy with one."""
-    future = None
-    for item in items:
-        following = pool.submit(function, item)
-        if future:
-            yield future.result()
-        future = following
-    if future:
-        yield future.result()
-
-
 def _write_layer(writer: Writer, name: str, codes: torch.Tensor, scale_name: str, scale: torch.Tensor) -> None:
     writer.write(name, codes)
     writer.write(scale_name, scale.cpu())
@@ -411,12 +417,6 @@ def _write_layer(writer: Writer, name: str, codes: torch.Tensor, scale_name: str
 def _nonfinite_text(errors: list[NonFiniteError]) -> str:
     tensors = "; ".join(f"{error.key} ({error.nan} NaN, {error.inf} infinite)" for error in errors)
     return f"holds values that are not finite: {tensors}; nonfinite 'keep' leaves these tensors as they are"
-
-
-def _check_other_file(source: Source, target: Path) -> None:
-    for file in (source.path, *(file.path for file in source.files)):
-        if target.exists() and os.path.samefile(file, target):
-            raise fault(target, "is the source itself; choose another name for the result")
 
 
 def _no_progress(done: int, total: int, key: str) -> None:

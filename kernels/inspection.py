@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from .formats import FORMATS
 from .generations import Verdict, verdicts
-from .layers import NO_LINEAR, SIDE_MULTIPLE, compile_pattern
+from .layers import SIDE_MULTIPLE, is_linear
 from .layouts import HEADER_ENTRY, Markings, ScaledLayer, read_markings, scaled_layers
 from .presets import PRESETS, UNTOUCHED, Components, diffusers_model
 from .safetensors_io import Source, open_source
@@ -116,13 +116,9 @@ class _Inspector:
         self.markings: Markings = read_markings(source)
         parameters = {name: info for name, info in self.tensors.items() if name not in self.markings.tensors}
         self.components = Components(parameters)
-        self.layers: dict[str, ScaledLayer] = scaled_layers(self.tensors, self.markings, self.prefix_of)
+        self.layers: dict[str, ScaledLayer] = scaled_layers(self.tensors, self.markings, self.components.prefix_of)
         self.names = {layer.name for layer in self.layers.values()}
         self.fp8 = {name: info for name, info in parameters.items() if info.dtype in FORMATS}
-
-    def prefix_of(self, name: str) -> str:
-        component = self.components.of(name)
-        return component.prefix if component else ""
 
     def ways(self) -> tuple[str, ...]:
         marks = self.markings
@@ -239,7 +235,7 @@ class _Inspector:
     def orphans(self) -> Iterator[Finding]:
         marks = self.markings
         for layer, name in marks.weight_scales.items():
-            if layer not in self.names:
+            if layer not in self.names and not _foreign(marks.entry(layer)):
                 weight = self.tensors.get(f"{layer}.weight")
                 state = f"is {weight.dtype}" if weight else "is not in the file"
                 what = f"is a scale, but the layer's weight {state}"
@@ -250,7 +246,7 @@ class _Inspector:
             for layer in entries.keys() - self.names - (bare if place == HEADER_ENTRY else set()):
                 missing = f"{layer}.weight" not in self.tensors
                 what = f"has a {place} entry but " + ("no weight" if missing else "no scaled FP8 weight: loading fails")
-                if self._foreign(entries[layer]):
+                if _foreign(entries[layer]):
                     what = f"is quantized as {entries[layer]['format']}, which is not FP8 and is not inspected"
                     yield Finding(NOTE, "other_format", layer, what, "Nothing needs to be done")
                 else:
@@ -259,12 +255,7 @@ class _Inspector:
             what = "marks scaled layers where there are none: old versions cast every Linear weight to FP8 unscaled"
             yield Finding(WARNING, "orphan_marker", prefix + "scaled_fp8", what, _REPAIR, True)
 
-    @staticmethod
-    def _foreign(entry: object) -> bool:
-        return isinstance(entry, dict) and isinstance(entry.get("format"), str) and entry["format"] not in FORMATS
-
     def weights(self) -> Iterator[Finding]:
-        no_linear = [compile_pattern(pattern) for pattern in NO_LINEAR]
         for name, info in self.fp8.items():
             scaled = name in self.layers
             component = self.components.of(name)
@@ -272,11 +263,11 @@ class _Inspector:
             if kind == UNTOUCHED and scaled:
                 what = f"is quantized, but {component.preset.reason}"
                 yield Finding(ERROR, "quantized_untouchable", name, what, _DEQUANTIZE, True)
-            elif len(info.shape) != 2 or any(pattern.search(name) for pattern in no_linear):
+            elif not is_linear(name, info):
                 if scaled:
                     what = "is quantized but belongs to no Linear layer: its scale is ignored and the image is wrong"
                     yield Finding(ERROR, "quantized_no_linear", name, what, _DEQUANTIZE, True)
-            elif not scaled and self.layers and name.endswith(".weight"):
+            elif not scaled and self.layers:
                 what = f"is {info.dtype} without a scale in a file of scaled layers: noise, or a TypeError on loading"
                 yield Finding(ERROR, "missing_scale", name, what, "Quantize the 16-bit model again")
             elif any(side % SIDE_MULTIPLE for side in info.shape):
@@ -297,3 +288,8 @@ class _Inspector:
 
 _REPAIR = "Repair rewrites it"
 _DEQUANTIZE = "Repair dequantizes it; quantizing the 16-bit model again loses less"
+
+
+def _foreign(entry: object) -> bool:
+    """Whether an entry is of a quantization that is not FP8."""
+    return isinstance(entry, dict) and isinstance(entry.get("format"), str) and entry["format"] not in FORMATS

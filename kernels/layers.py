@@ -53,6 +53,8 @@ NO_LINEAR = (
 )
 """Names of 2-D `.weight` tensors that belong to no Linear: embeddings, and Wan-Animate's raw parameters."""
 
+NO_LINEAR_WEIGHT = "no Linear weight"
+
 COSTLY = 0.05
 """A pattern that keeps more than this share of the parameters is mentioned in the notes."""
 
@@ -73,8 +75,7 @@ class Selection:
 
     def tensor_key(self, name: str) -> str:
         """The bare key of a tensor, which its random words depend on: the same in every file and in the graph."""
-        component = self.components.of(name)
-        return name.removeprefix(component.prefix) if component else name
+        return name.removeprefix(self.components.prefix_of(name))
 
 
 class UnknownPatternError(ValueError):
@@ -134,6 +135,14 @@ def compile_pattern(pattern: str, names: Iterable[str] = ()) -> re.Pattern:
     return re.compile(expression)
 
 
+_NO_LINEAR = re.compile("|".join(compile_pattern(pattern).pattern for pattern in NO_LINEAR))
+
+
+def is_linear(name: str, info: TensorInfo) -> bool:
+    """Whether a file's tensor is the weight of a Linear, by its name and shape: all that a file tells."""
+    return len(info.shape) == 2 and name.endswith(".weight") and not _NO_LINEAR.search(name)
+
+
 def _count_children(parent: str, names: Iterable[str]) -> int:
     """One more than the largest number that follows `parent` in a name."""
     child = re.compile(parent + r"(\d+)(?:\.|$)")
@@ -155,7 +164,6 @@ class _Rules:
     kept_elements: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.no_linear = [compile_pattern(pattern) for pattern in NO_LINEAR]
         self.user_keep = self._compile_users(self.keep)
         self.user_only = self._compile_users(self.only)
         self.presets = {component: self._compile_preset(component) for component in self.components.all}
@@ -196,12 +204,12 @@ class _Rules:
         return component.preset.reason if component.preset.kind == UNTOUCHED else ""
 
     def _shape_reason(self, name: str, info: TensorInfo) -> str:
-        if self.linear_names is not None:
-            linear = name.endswith(".weight") and name.removesuffix(".weight") in self.linear_names
+        if self.linear_names is None:
+            linear = is_linear(name, info)
         else:
-            linear = name.endswith(".weight") and not any(pattern.search(name) for pattern in self.no_linear)
-        if not linear or len(info.shape) != 2:
-            return "no Linear weight"
+            linear = name.endswith(".weight") and name.removesuffix(".weight") in self.linear_names
+        if not linear:
+            return NO_LINEAR_WEIGHT
         if info.dtype not in QUANTIZABLE_DTYPES:
             return f"{info.dtype} holds no plain floating-point numbers"
         if not info.elements:

@@ -242,6 +242,11 @@ class Components:
                 return component
         return self.main if key.startswith(self.main.prefix) else None
 
+    def prefix_of(self, key: str) -> str:
+        """The prefix of a tensor's component, or ""."""
+        component = self.of(key)
+        return component.prefix if component else ""
+
 
 def detect_family(tensors: Mapping[str, TensorInfo], prefix: str = "", kinds: tuple[str, ...] = ()) -> str:
     """The family of the network under `prefix`, among those of the given kinds (all by default), or "unknown"."""
