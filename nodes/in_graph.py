@@ -1,0 +1,153 @@
+"""Quantizes the networks of a MODEL or CLIP tensor by tensor, and reports what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+
+import torch
+
+from ..kernels import KeptTensor, LayerReport, NonFiniteError, Recipe, Report, quantize_tensor
+from ..kernels.layers import Selection, select_layers
+from ..kernels.presets import TEXT_ENCODER
+from ..kernels.version import VERSION
+from .models import Part
+from .networks import ModelError, Network, ScaledWeight, narrow
+from .progress import Progress
+
+
+def compute_device(choice: str, network: Network) -> torch.device:
+    """auto: where ComfyUI computes with this model."""
+    return network.patcher.load_device if choice == "auto" else torch.device(choice)
+
+
+def select(network: Network, recipe: Recipe) -> Selection:
+    return select_layers(
+        {name: network.info(name) for name in network.names},
+        layers=recipe.layers,
+        keep=recipe.keep,
+        only=recipe.only,
+        suffixes=recipe.suffixes,
+        linear_names=network.linear_names,
+    )
+
+
+def quantize_network(
+    network: Network, selection: Selection, recipe: Recipe, device: torch.device, source: str
+) -> tuple[Part, Report]:
+    """Round each selected weight once, its patches included; what was scaled FP8 and is kept stays so.
+
+    Raises ModelError naming every tensor with NaN or infinite values (unless nonfinite is "keep"), and for weights
+    that are GGUF or unscaled FP8.
+    """
+    network.check_source()
+    progress = Progress()
+    weights = {name: scaled for name, scaled in network.scaled.items() if name not in selection.quantize}
+    layers, nonfinite = [], []
+    total = sum(network.info(name).nbytes for name in selection.quantize)
+    done = 0
+    for name in selection.quantize:
+        progress(done, total, name)
+        done += network.info(name).nbytes
+        try:
+            weights[name], layer = _quantize_weight(network, name, recipe, device)
+            layers.append(layer)
+        except NonFiniteError as error:
+            nonfinite.append(error)
+    progress(total, total, "")
+    if nonfinite and recipe.nonfinite == "error":
+        raise ModelError(_nonfinite_text(nonfinite))
+    kept = (*selection.kept, *((error.key, f"holds {error.nan} NaN, {error.inf} infinite") for error in nonfinite))
+    report = Report(
+        source,
+        selection.family,
+        recipe,
+        tuple(layers),
+        tuple(_kept(network, name, reason) for name, reason in kept),
+        selection.pattern_hits,
+        (*selection.notes, *_notes(network, selection)),
+    )
+    return Part(network, weights), report
+
+
+def keep_network(network: Network, recipe: Recipe, reason: str, source: str) -> Report:
+    """The report of a network that stays as it is."""
+    kept = tuple(_kept(network, name, reason) for name in network.names)
+    return Report(source, "unknown", recipe, kept=kept, notes=(f"{source} stays as it is: {reason}",))
+
+
+def untouchable(selection: Selection) -> str:
+    """Why a text encoder must stay as it is; "" if it need not."""
+    preset = selection.components.main.preset
+    return "" if preset.kind == TEXT_ENCODER else preset.reason or "ComfyUI has no FP8 detection for this text encoder"
+
+
+def join_reports(reports: Iterable[Report], source: str) -> Report:
+    """One report of several networks; the family is that of the one that was quantized."""
+    reports = sorted(reports, key=lambda report: not report.layers)
+    return replace(
+        reports[0],
+        source=source,
+        layers=sum((report.layers for report in reports), ()),
+        kept=sum((report.kept for report in reports), ()),
+        pattern_hits=sum((report.pattern_hits for report in reports), ()),
+        notes=sum((report.notes for report in reports), ()),
+    )
+
+
+def attachment(report: Report) -> dict:
+    """What a saved file says under `stochastic_fp8`, as quantize_file writes it."""
+    return asdict(report.recipe) | {
+        "version": VERSION,
+        "source": report.source,
+        "family": report.family,
+        "quantized": [layer.key for layer in report.layers],
+        "kept_layers": [tensor.key for tensor in report.kept if tensor.reason != "no Linear weight"],
+    }
+
+
+def nothing_to_quantize(report: Report) -> ModelError:
+    reasons = dict.fromkeys(tensor.reason for tensor in report.kept if tensor.reason != "no Linear weight")
+    text = "; ".join(reasons) or "it has no Linear layers that ComfyUI could run in FP8"
+    return ModelError(f"nothing to quantize in {report.source}: {text}")
+
+
+def _quantize_weight(network: Network, name: str, recipe: Recipe, device) -> tuple[ScaledWeight, LayerReport]:
+    info = network.info(name)
+    q = quantize_tensor(
+        narrow(network.value(name, device)),
+        format=recipe.format,
+        rounding=recipe.rounding,
+        scaling=recipe.scaling,
+        seed=recipe.seed,
+        key=name,
+        statistics=True,
+    )
+    home = network.patcher.offload_device
+    scaled = ScaledWeight(q.codes.to(home), q.scale.to(home), recipe.matmul == "full", _input_scale(network, name))
+    return scaled, LayerReport(name, info.shape, info.dtype, info.nbytes, q.amax, q.scale.item(), q.error)
+
+
+def _input_scale(network: Network, name: str) -> torch.Tensor | None:
+    return network.scaled[name].input_scale if name in network.scaled else None
+
+
+def _kept(network: Network, name: str, reason: str) -> KeptTensor:
+    info = network.info(name)
+    return KeptTensor(name, info.shape, info.dtype, info.nbytes, reason)
+
+
+def _notes(network: Network, selection: Selection) -> Iterable[str]:
+    again = sum(name in network.scaled for name in selection.quantize)
+    if again:
+        yield f"{again} layers were already scaled FP8: dequantized first, so their first error stays"
+    if len(network.scaled) > again:
+        yield f"{len(network.scaled) - again} layers were already scaled FP8 and stay so, bit for bit"
+    patched = len(network.patched_names)
+    if patched:
+        yield f"{patched} weights carry patches (LoRA): applied in full precision, then rounded once"
+
+
+def _nonfinite_text(errors: list[NonFiniteError]) -> str:
+    tensors = "; ".join(f"{error.key} ({error.nan} NaN, {error.inf} infinite)" for error in errors)
+    return f"values that are not finite: {tensors}; nonfinite 'keep' leaves these tensors as they are"

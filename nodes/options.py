@@ -1,0 +1,136 @@
+"""The choices that several nodes share: inputs generated from the library's tables, and what they stand for."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from comfy_api.latest import io
+
+from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
+from ..kernels.checkpoint import NONFINITE
+from ..kernels.layers import LAYERS
+from ..kernels.layouts import LAYOUTS, MATMULS
+from .schema import fit
+
+MATMUL_NAMES = {"full precision": "full", "fp8": "fp8"}
+"""What the nodes call the library's MATMULS."""
+
+LARGEST_SEED = 2**64 - 1
+
+_FORMAT_TOOLTIP = (
+    "E4M3 keeps finer detail and is right for almost every model. E5M2 is coarser (more grain in the image) but holds "
+    "a wider range; it needs a recent ComfyUI."
+)
+_ROUNDING_TOOLTIP = (
+    "How each weight finds its place on the coarse FP8 grid. For an image closest to the original choose nearest. The "
+    "stochastic methods have twice its squared error but no bias: for sums over many weights, repeated quantization "
+    "and research."
+)
+_SCALING_TOOLTIP = (
+    "How each layer is stretched over the FP8 range before rounding. Without a scale, small weights vanish and large "
+    "ones are cut off, which costs detail."
+)
+_SEED_TOOLTIP = (
+    "Another seed rounds the same weights another way: the image changes a little, its quality does not. The same seed "
+    "always gives the same model."
+)
+_LAYERS_TOOLTIP = (
+    "Which layers become FP8. auto knows the model and leaves alone those that would show in the image; all_linear "
+    "saves the most memory and costs the most quality."
+)
+_KEEP_TOOLTIP = (
+    "Layers that stay in full precision, one pattern a line, e.g. blocks.0.attn or *norm*. More of them: closer to the "
+    "original image, larger model."
+)
+_ONLY_TOOLTIP = "Only these layers become FP8, one pattern a line. Empty: all that the setting above chooses."
+_MATMUL_TOOLTIP = (
+    "full precision keeps the image's detail. fp8 also rounds what flows through the layers, on GPUs that can multiply "
+    "FP8: faster, with visible losses."
+)
+_NONFINITE_TOOLTIP = "Weights that are NaN or infinite (a damaged model): stop and name them, or leave those layers be."
+_DEVICE_TOOLTIP = "Where the rounding is computed. The result is the same everywhere, only the time differs."
+_LAYOUT_TOOLTIP = (
+    "How the file says that its weights are scaled. native loads in ComfyUI 0.3.75 and newer; legacy is for versions "
+    "before October 2025, and for E5M2 or all-in-one files in 0.3.75. Loaded by a version that does not read it, a "
+    "file gives noise."
+)
+
+
+def combo(name: str, table, tooltip: str, **keywords) -> io.Combo.Input:
+    """A drop-down of a table's keys; the tooltip ends with each entry's description."""
+    lines = [f"{key}: {_description(entry)}" for key, entry in table.items()]
+    return fit(io.Combo.Input, name, options=list(table), tooltip="\n".join([tooltip, *lines]), **keywords)
+
+
+def _description(entry) -> str:
+    return entry if isinstance(entry, str) else getattr(entry, "description", "")
+
+
+def rounding_inputs() -> list:
+    """format, rounding, scaling, seed: what becomes of a number."""
+    return [
+        fit(io.Combo.Input, "format", options=list(FORMATS), default="float8_e4m3fn", tooltip=_FORMAT_TOOLTIP),
+        combo("rounding", ROUNDINGS, _ROUNDING_TOOLTIP, default="stochastic"),
+        combo("scaling", SCALINGS, _SCALING_TOOLTIP, default="absmax"),
+        fit(
+            io.Int.Input,
+            "seed",
+            default=0,
+            min=0,
+            max=LARGEST_SEED,
+            control_after_generate=False,
+            tooltip=_SEED_TOOLTIP,
+        ),
+    ]
+
+
+def layer_inputs() -> list:
+    """layers, keep, only: which layers are quantized."""
+    pattern = {"multiline": True, "optional": True, "default": ""}
+    return [
+        combo("layers", LAYERS, _LAYERS_TOOLTIP, default="auto"),
+        fit(io.String.Input, "keep", tooltip=_KEEP_TOOLTIP, **pattern),
+        fit(io.String.Input, "only", tooltip=_ONLY_TOOLTIP, **pattern),
+    ]
+
+
+def matmul_input() -> io.Combo.Input:
+    table = {name: MATMULS[key] for name, key in MATMUL_NAMES.items()}
+    return combo("matmul", table, _MATMUL_TOOLTIP, default="full precision", optional=True, advanced=True)
+
+
+def nonfinite_input() -> io.Combo.Input:
+    return combo("nonfinite", NONFINITE, _NONFINITE_TOOLTIP, default="error", optional=True, advanced=True)
+
+
+def device_input() -> io.Combo.Input:
+    return fit(
+        io.Combo.Input,
+        "device",
+        options=devices(),
+        default="auto",
+        tooltip=_DEVICE_TOOLTIP,
+        optional=True,
+        advanced=True,
+    )
+
+
+def layout_input() -> io.Combo.Input:
+    return combo("layout", LAYOUTS, _LAYOUT_TOOLTIP, default="native")
+
+
+def devices() -> list[str]:
+    """What a user can compute on: auto, cpu, and the machine's GPUs."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["auto", "cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """The patterns of a text box, separated by lines, commas or blanks, each once."""
+    return tuple(dict.fromkeys(part for part in re.split(r"[\s,]+", text) if part))
+
+
+def recipe(*, keep: str = "", only: str = "", matmul: str = "full precision", **choices) -> Recipe:
+    """The Recipe that a node's inputs stand for."""
+    return Recipe(keep=patterns(keep), only=patterns(only), matmul=MATMUL_NAMES[matmul], **choices)
