@@ -19,6 +19,7 @@ from ..error import (
 )
 from ..formats import FORMATS
 from ..report import LayerReport, Recipe, Report
+from ..report_table import number_of
 from ..rounding import ROUNDINGS
 from .style import (
     BLUE,
@@ -60,7 +61,7 @@ def error_histogram(
     if not chosen:
         raise ValueError(f"the report on {report.source} holds no error statistics: quantize with statistics on")
     error = merge(layer.error for layer in chosen)
-    figure = new_figure(width, height)
+    figure = new_figure(width, height, lowest=0.42)
     area = grid_area(figure, left=0.72, right=0.3, top=1.15, bottom=1.32)
     steps, relative, scatter = figure.add_gridspec(1, 3, wspace=0.32, **area).subplots()
     draw_steps(steps, error, report.recipe)
@@ -182,8 +183,8 @@ def in_numbers(error: ErrorStatistics) -> str:
 def _title(report: Report, layers: Sequence[LayerReport]) -> str:
     if len(layers) == 1:
         return layers[0].key
-    which = "all" if len(layers) == len(report.layers) else f"{len(layers)} of {len(report.layers)}"
-    return f"{report.source}: {which} layers"
+    total = number_of(len(report.layers), "layer")
+    return f"{report.source}: {'all of' if len(layers) == len(report.layers) else f'{len(layers)} of'} {total}"
 
 
 def _shares(counts: Sequence[int], total: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,10 +70,11 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def new_figure(width: int, height: int) -> Figure:
+def new_figure(width: int, height: int, lowest: float) -> Figure:
     """An empty figure of width x height pixels on the Agg canvas.
 
-    Raises ValueError for a side outside SMALLEST_SIDE..LARGEST_SIDE.
+    lowest: the least height, as a share of the width, at which nothing in this figure overlaps.
+    Raises ValueError for a side outside SMALLEST_SIDE..LARGEST_SIDE, or a lower height.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -80,6 +82,10 @@ def new_figure(width: int, height: int) -> Figure:
     for name, side in (("width", width), ("height", height)):
         if not SMALLEST_SIDE <= side <= LARGEST_SIDE:
             raise ValueError(f"figure {name} is {side} pixels: choose one from {SMALLEST_SIDE} to {LARGEST_SIDE}")
+    if height < lowest * width:
+        raise ValueError(
+            f"figure height is {height} pixels: a width of {width} needs {math.ceil(lowest * width)} or more"
+        )
     # A hair more than the pixels, which the canvas rounds down.
     figure = Figure(figsize=(WIDTH_INCHES, WIDTH_INCHES * (height + 1e-3) / (width + 1e-3)))
     figure.set_dpi((width + 1e-3) / WIDTH_INCHES)

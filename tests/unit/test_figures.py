@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import PACK_ROOT
+from matplotlib.collections import QuadMesh
 from matplotlib.patches import StepPatch
+from matplotlib.text import Text
 from PIL import Image
 from reports import heavy_tailed, repeated, report_on, small_report
 from stochastic_fp8_pack.kernels import ErrorStatistics
-from stochastic_fp8_pack.kernels.figures import error_histogram, save_png, to_image
+from stochastic_fp8_pack.kernels.figures import error_histogram, layer_report, save_png, to_image
 from stochastic_fp8_pack.kernels.figures.histogram import in_numbers, in_plain_words
+from stochastic_fp8_pack.kernels.figures.layer_report import in_order_of_depth, pool, spread
 from stochastic_fp8_pack.kernels.figures.style import percent, shorten_middle, signed
 
 GOLDENS = Path(__file__).parent / "golden_figures"
@@ -30,7 +33,7 @@ RECIPES = {
     "stochastic": {},
     "nearest": {"rounding": "nearest"},
     "e5m2": {"format": "float8_e5m2"},
-    "saturated": {"scaling": "none"},
+    "no scale": {"scaling": "none"},
 }
 
 
@@ -60,7 +63,7 @@ def axes_of(figure, title):
 
 
 def texts(figure):
-    return "\n".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
 def pixels(figure):
@@ -87,7 +90,7 @@ def assert_sound(figure):
 
 def visible_texts(figure):
     ticks = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in all_labels(axis)}
-    for text in figure.findobj(lambda artist: hasattr(artist, "get_window_extent") and hasattr(artist, "get_text")):
+    for text in figure.findobj(Text):
         if text.get_visible() and text.get_text().strip() and text not in ticks:
             yield text
     for axes in figure.axes:
@@ -146,6 +149,11 @@ def test_image_size_and_range(size):
 def test_a_size_out_of_range_is_named():
     with pytest.raises(ValueError, match="width is 99 pixels: choose one from 256 to 4096"):
         error_histogram(small_report(), width=99)
+
+
+def test_a_height_at_which_texts_would_overlap_is_refused():
+    with pytest.raises(ValueError, match="height is 300 pixels: a width of 1024 needs 431 or more"):
+        error_histogram(small_report(), height=300)
 
 
 def test_the_users_matplotlib_settings_do_not_show():
@@ -298,9 +306,13 @@ def test_caption_in_numbers():
     )
 
 
+def test_lowest_histogram_is_sound():
+    assert_sound(error_histogram(small_report(), width=1024, height=431))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_histogram_looks_as_before(name):
-    assert_like_golden(error_histogram(small_report(**RECIPES[name])), f"error_histogram_{name}")
+    assert_like_golden(error_histogram(small_report(**RECIPES[name])), f"error_histogram_{name.replace(' ', '_')}")
 
 
 def test_histogram_of_a_thousand_layers_is_fast():
@@ -308,4 +320,114 @@ def test_histogram_of_a_thousand_layers_is_fast():
     to_image(error_histogram(small_report()))
     start = time.process_time()
     to_image(error_histogram(report))
+    assert time.process_time() - start < 1.5
+
+
+# --- FP8 Layer Report
+
+
+def test_layer_report_is_sound(report):
+    if not report.layers[0].error.count:
+        with pytest.raises(ValueError, match="holds no error statistics"):
+            layer_report(report)
+        return
+    assert_sound(layer_report(report))
+
+
+def test_lowest_layer_report_is_sound():
+    assert_sound(layer_report(small_report(), width=1024, height=615))
+
+
+def test_layer_report_dots_hold_the_sqnr_by_kind():
+    report = small_report()
+    axes = axes_of(layer_report(report), "Signal over quantization noise, layer by layer")
+    dots = {dots.get_label(): dots.get_offsets().data.tolist() for dots in axes.collections}
+    sqnr = [layer.error.sqnr for layer in report.layers]
+    assert dots == {
+        "attention": [[1, sqnr[0]]],
+        "MLP": [[2, sqnr[1]]],
+        "modulation": [[3, sqnr[2]]],
+        "other": [[4, sqnr[3]]],
+    }
+
+
+def test_layers_are_in_order_of_depth():
+    keys = ["blocks.10.a", "blocks.2.b", "blocks.2.a", "final.a", "a_embedder"]
+    layers = [replace(small_report().layers[0], key=key) for key in keys]
+    assert [layer.key for layer in in_order_of_depth(layers)] == [
+        "a_embedder",
+        "blocks.2.a",
+        "blocks.2.b",
+        "blocks.10.a",
+        "final.a",
+    ]
+
+
+def test_layer_report_names_the_worst_five_and_numbers_their_dots():
+    weights = {f"blocks.{i}.attn.qkv.weight": heavy_tailed(i, 32, 32) for i in range(8)}
+    report = report_on(weights)
+    figure = layer_report(report)
+    worst = sorted(report.layers, key=lambda layer: layer.error.sqnr)[:5]
+    written = texts(figure)
+    for layer in worst:
+        assert layer.key.removesuffix(".weight") in written
+    axes = axes_of(figure, "Signal over quantization noise, layer by layer")
+    ties = sorted(tuple(line.get_xydata()[0]) for line in axes.lines)
+    assert ties == sorted((report.layers.index(layer) + 1, layer.error.sqnr) for layer in worst)
+
+
+def test_worst_layers_numbers_stay_apart_and_inside():
+    for places in ([1, 2, 3, 4, 5], [996, 997, 998, 999, 1000], [1, 500, 501, 502, 1000]):
+        spots = spread(places, 1000)
+        assert all(after - before >= 45 - 1e-9 for before, after in zip(spots, spots[1:], strict=False))
+        assert spots[0] >= 1
+        assert spots[-1] <= 1000
+
+
+def test_a_lossless_layer_is_shown_as_such():
+    weights = {"blocks.0.weight": heavy_tailed(0, 32, 32), "blocks.1.weight": torch.zeros(32, 32)}
+    figure = layer_report(report_on(weights))
+    axes = axes_of(figure, "Signal over quantization noise, layer by layer")
+    triangle = axes.collections[1].get_offsets().data
+    assert triangle[0, 0] == 2
+    assert triangle[0, 1] < axes.get_ylim()[1]
+    assert "▲ lossless: 1" in texts(figure)
+
+
+def test_layer_report_strip_holds_the_shares():
+    report = saturating_report()
+    figure = layer_report(report)
+    (mesh,) = (mesh for axes in figure.axes for mesh in axes.findobj(QuadMesh) if mesh.get_array().shape == (2, 1))
+    error = report.layers[0].error
+    flushed, saturated = mesh.get_array()[:, 0]
+    assert saturated == error.saturated / 4096 > 0
+    assert flushed == error.flushed / 4096 or flushed is np.ma.masked
+
+
+def test_pooling_keeps_the_largest_share():
+    shares = np.zeros((1000, 2))
+    shares[[3, 500, 999], [0, 1, 0]] = 0.5, 0.25, 0.125
+    pooled = pool(shares)
+    assert pooled.shape == (512, 2)
+    assert sorted(pooled[pooled > 0]) == [0.125, 0.25, 0.5]
+    assert pooled[-1, 0] == 0.125
+
+
+def test_size_bars_hold_the_bytes_by_kind():
+    axes = axes_of(layer_report(small_report()), "Size")
+    widths = [patch.get_width() for patch in axes.patches]
+    assert widths == [4096, 4096, 4096, 4096, 64, 2052, 2052, 2052, 2052, 64]
+    assert "16.4 kB" in texts(axes.figure)
+    assert "8.27 kB" in texts(axes.figure)
+
+
+def test_layer_report_looks_as_before():
+    assert_like_golden(layer_report(small_report()), "layer_report")
+
+
+def test_layer_report_of_a_thousand_layers_is_fast():
+    report = repeated(small_report(), 1000)
+    to_image(layer_report(small_report()))
+    start = time.process_time()
+    to_image(layer_report(report))
     assert time.process_time() - start < 1.5

@@ -1,0 +1,235 @@
+"""Layer Report: where in the network quantization cost how much, and what it saved."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..report import LayerReport, Report
+from ..report_table import KEPT, describe_bytes, layer_kind, number_of, sizes_by_kind
+from .histogram import describe_recipe
+from .style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    MARGIN,
+    ORANGE,
+    PANEL,
+    PAPER,
+    PURPLE,
+    RULE,
+    WIDTH_INCHES,
+    decibels,
+    grid_area,
+    house_style,
+    new_figure,
+    percent,
+    shorten_middle,
+    write_caption,
+    write_inside,
+    write_titles,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KIND_COLOURS = {"attention": BLUE, "MLP": ORANGE, "modulation": GREEN, "other": PURPLE, KEPT: "#b5bcc4"}
+WORST = 5
+STRIP_COLUMNS = 512
+LEAST_SHARE = 1e-6
+STRIP_COLOURS = ("#fbdcc8", "#d55e00", "#4a1d00")
+
+
+@house_style()
+def layer_report(report: Report, *, width: int = 1024, height: int = 768) -> Figure:
+    """SQNR of each layer along the network, shares of saturated and flushed values, and sizes before and after.
+
+    Raises ValueError if no layer has statistics.
+    """
+    layers = in_order_of_depth(layer for layer in report.layers if layer.error is not None and layer.error.count)
+    if not layers:
+        raise ValueError(f"the report on {report.source} holds no error statistics: quantize with statistics on")
+    worst = [layer for layer in report.worst(WORST) if math.isfinite(layer.error.sqnr)]
+    figure = new_figure(width, height, lowest=0.6)
+    area = grid_area(figure, left=0.95, right=3.35, top=1.1, bottom=2.75)
+    quality, strip = figure.add_gridspec(2, 1, height_ratios=(5, 1), hspace=0.1, **area).subplots(sharex=True)
+    draw_quality(quality, layers, worst)
+    draw_losses(strip, layers)
+    sizes = figure.add_gridspec(1, 1, **_sizes_area(figure)).subplots()
+    draw_sizes(sizes, report)
+    list_worst(figure, quality, worst)
+    write_titles(figure, report.source, describe_recipe(report.recipe))
+    write_caption(figure, summary(report, layers), size_summary(report))
+    return figure
+
+
+def in_order_of_depth(layers) -> list[LayerReport]:
+    """Layers by name, numbers in names by value: files list block 10 before block 2."""
+    return sorted(layers, key=lambda layer: [(text, int(n or -1)) for text, n in re.findall(r"(\D*)(\d*)", layer.key)])
+
+
+def draw_quality(axes: Axes, layers: Sequence[LayerReport], worst: Sequence[LayerReport]) -> None:
+    """A dot a layer at its SQNR, in its kind's colour; lossless layers sit on the upper edge, as triangles."""
+    values = np.array([layer.error.sqnr for layer in layers])
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0, 40)
+    room = max(high - low, 2.0)
+    low, high = low - 0.35 * room, high + 0.2 * room
+    places = np.arange(1, len(layers) + 1)
+    kinds = np.array([layer_kind(layer.key) for layer in layers])
+    for kind, colour in KIND_COLOURS.items():
+        dots = (kinds == kind) & np.isfinite(values)
+        if dots.any():
+            area = min(max(6000 / len(layers), 9), 36)
+            axes.scatter(places[dots], values[dots], s=area, color=colour, linewidths=0, label=kind)
+        lossless = (kinds == kind) & np.isinf(values)
+        if lossless.any():
+            axes.scatter(
+                places[lossless], [high - 0.06 * (high - low)] * lossless.sum(), color=colour, marker="^", s=26
+            )
+    if len(finite) < len(values):
+        write_inside(axes, f"▲ lossless: {len(values) - len(finite)}", 0.01, 0.86, ha="left")
+    axes.set(xlim=(0.5, len(layers) + 0.5), ylim=(low, high), ylabel="SQNR (dB)")
+    if not len(finite):
+        axes.set_yticks(())
+    axes.set_title("Signal over quantization noise, layer by layer")
+    axes.tick_params(labelbottom=False, bottom=False)
+    _number_worst(axes, layers, worst)
+
+
+def _number_worst(axes: Axes, layers: Sequence[LayerReport], worst: Sequence[LayerReport]) -> None:
+    """Numbers in a row on the lower edge, tied to the dots of the worst layers."""
+    places = {layer.key: place for place, layer in enumerate(layers, 1)}
+    ranked = sorted((places[layer.key], layer.error.sqnr, rank) for rank, layer in enumerate(worst, 1))
+    low, high = axes.get_ylim()
+    row = low + 0.07 * (high - low)
+    span = len(layers)
+    for spot, (place, sqnr, rank) in zip(spread([x for x, *_ in ranked], span), ranked, strict=True):
+        axes.plot((place, spot), (sqnr, row), color=FAINT, linewidth=0.7, zorder=0.9)
+        badge = {"boxstyle": "circle,pad=0.25", "facecolor": INK, "edgecolor": "none"}
+        axes.text(spot, row, str(rank), color=PAPER, size=7.5, weight="bold", ha="center", va="center", bbox=badge)
+
+
+def spread(places: Sequence[float], layers: int) -> list[float]:
+    """Ascending places on an axis from 0.5 to layers + 0.5, moved apart so that the numbers there do not overlap."""
+    gap = layers * 0.045
+    spots = []
+    for place in places:
+        spots.append(max(place, spots[-1] + gap) if spots else place)
+    limit = layers + 0.5 - gap / 2
+    for i in reversed(range(len(spots))):
+        spots[i] = min(spots[i], limit)
+        limit = spots[i] - gap
+    return spots
+
+
+def list_worst(figure: Figure, beside: Axes, worst: Sequence[LayerReport]) -> None:
+    """The names of the numbered layers, in the column on the right."""
+    box = beside.get_position()
+    left, line = box.x1 + 0.25 / WIDTH_INCHES, 1 / figure.get_figheight()
+    top = box.y1 + 0.08 * line
+    figure.text(left, top, "Lowest SQNR" if worst else "Nothing was lost", weight="bold", size=10.5, va="bottom")
+    for rank, layer in enumerate(worst, 1):
+        y = top - (0.42 * rank - 0.3) * line
+        figure.text(left, y, f"{rank}", weight="bold", size=9, va="top")
+        figure.text(left + 0.02, y, f"{decibels(layer.error.sqnr)}, {layer_kind(layer.key)}", size=9, va="top")
+        name = shorten_middle(layer.key.removesuffix(".weight"), 38)
+        figure.text(left + 0.02, y - 0.17 * line, name, size=8, color=FAINT, va="top")
+
+
+def draw_losses(axes: Axes, layers: Sequence[LayerReport]) -> None:
+    """A strip of two rows: the shares of flushed and of saturated values, layer by layer, on a log colour scale."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    shares = np.array([(layer.error.flushed, layer.error.saturated) for layer in layers], dtype=np.float64)
+    shares = pool(shares / [[layer.error.count] for layer in layers])
+    edges = np.linspace(0.5, len(layers) + 0.5, len(shares) + 1)
+    colours = LinearSegmentedColormap.from_list("losses", STRIP_COLOURS).with_extremes(bad=PANEL)
+    drawn = np.ma.masked_equal(shares.T, 0)
+    mesh = axes.pcolormesh(edges, (0, 1, 2), drawn, cmap=colours, norm=LogNorm(LEAST_SHARE, 1, clip=True))
+    axes.axhline(1, color=PAPER, linewidth=2)
+    axes.grid(False)
+    axes.set(yticks=(0.5, 1.5), yticklabels=("flushed", "saturated"), xlabel="layers in the order of their names")
+    axes.tick_params(left=False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    if not shares.any():
+        write_inside(axes, "no value was flushed to zero or saturated")
+        return
+    scale = axes.inset_axes((1.06, 0.45, 0.36, 0.25))
+    bar = axes.figure.colorbar(mesh, cax=scale, orientation="horizontal", ticks=(1e-6, 1e-4, 1e-2, 1))
+    bar.ax.set_xticklabels(("0.0001", "0.01", "1", "100 %"))
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+    scale.set_title("share of the layer's values", size=8.5, weight="normal", pad=3)
+
+
+def pool(shares: np.ndarray) -> np.ndarray:
+    """At most STRIP_COLUMNS rows, each the largest of neighbours, so that no layer's loss vanishes between pixels."""
+    if len(shares) <= STRIP_COLUMNS:
+        return shares
+    starts = np.arange(STRIP_COLUMNS) * len(shares) // STRIP_COLUMNS
+    return np.maximum.reduceat(shares, starts)
+
+
+def draw_sizes(axes: Axes, report: Report) -> None:
+    """Two stacked bars, before and after, a segment for each kind of layer and one for what was kept."""
+    sizes = sizes_by_kind(report)
+    total = max(report.bytes_before, report.bytes_after) or 1
+    for row in (0, 1):
+        start = 0
+        for kind, colour in KIND_COLOURS.items():
+            size = sizes.get(kind, (0, 0))[row]
+            label = kind if row == 0 and size else None
+            axes.barh(row, size, left=start, color=colour, height=0.72, edgecolor=PAPER, linewidth=1, label=label)
+            if size > 0.07 * total:
+                ink = INK if kind in ("MLP", "other", KEPT) else PAPER
+                axes.text(start + size / 2, row, describe_bytes(size), ha="center", va="center", size=8.5, color=ink)
+            start += size
+        axes.text(start + 0.008 * total, row, describe_bytes(start), va="center", size=9.5, weight="bold")
+    axes.set(xlim=(0, 1.1 * total), ylim=(1.5, -0.5), yticks=(0, 1), yticklabels=("before", "after"), xticks=())
+    axes.set_title("Size")
+    axes.grid(False)
+    axes.tick_params(left=False)
+    axes.set_facecolor(PAPER)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.axvline(0, color=RULE, linewidth=1)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, borderaxespad=0.1, handlelength=1, columnspacing=1.2)
+
+
+def summary(report: Report, layers: Sequence[LayerReport]) -> str:
+    """What happened to the layers, as one sentence."""
+    levels = [layer.error.sqnr for layer in layers]
+    worst = report.worst(1)[0]
+    if math.isinf(worst.error.sqnr):
+        return "No layer lost anything."
+    count = sum(layer.error.count for layer in layers)
+    saturated = sum(layer.error.saturated for layer in layers) / count
+    flushed = sum(layer.error.flushed for layer in layers) / count
+    name = shorten_middle(worst.key.removesuffix(".weight"), 60)
+    return (
+        f"SQNR: median {decibels(median(levels))}, lowest {decibels(worst.error.sqnr)} in {name}; "
+        f"{percent(saturated)} of all values saturated, {percent(flushed)} became zero."
+    )
+
+
+def size_summary(report: Report) -> str:
+    before, after = report.bytes_before, report.bytes_after
+    saved = f" ({percent(1 - after / before)} less)" if before > after else ""
+    return (
+        f"{number_of(len(report.layers), 'weight')} in FP8, {number_of(len(report.kept), 'tensor')} kept: "
+        f"{describe_bytes(before)} became {describe_bytes(after)}{saved}."
+    )
+
+
+def _sizes_area(figure: Figure) -> dict[str, float]:
+    height = figure.get_figheight()
+    return grid_area(figure, left=0.95, right=MARGIN, top=height - 1.85, bottom=1.0)
