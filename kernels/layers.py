@@ -208,7 +208,7 @@ class _Rules:
             linear = is_linear(name, info)
         else:
             linear = name.endswith(".weight") and name.removesuffix(".weight") in self.linear_names
-        if not linear:
+        if not linear or len(info.shape) != 2:
             return NO_LINEAR_WEIGHT
         if info.dtype not in QUANTIZABLE_DTYPES:
             return f"{info.dtype} holds no plain floating-point numbers"

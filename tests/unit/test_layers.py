@@ -1,0 +1,450 @@
+"""Which layers are chosen: families by their keys, presets, patterns, and the rules that always hold."""
+
+import pytest
+import torch
+from stochastic_fp8_pack.kernels.layers import LAYERS, UnknownPatternError, compile_pattern, select_layers
+from stochastic_fp8_pack.kernels.presets import PRESETS, Components, detect_family, diffusers_model
+from stochastic_fp8_pack.kernels.safetensors_header import TensorInfo
+from unit import checkpoints
+
+
+def infos(*names, shape=(32, 16), dtype="bfloat16"):
+    return {name: TensorInfo(dtype, shape) for name in names}
+
+
+def of(tensors):
+    return {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
+
+
+def reasons(tensors, **choices):
+    return dict(select_layers(tensors, **choices).kept)
+
+
+# Families
+
+FAMILY_KEYS = {
+    "flux": ["double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight", "time_in.in_layer.weight"],
+    "chroma": [
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "img_in.weight",
+        "distilled_guidance_layer.norms.0.scale",
+    ],
+    "qwen_image": ["txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"],
+    "wan": ["head.modulation", "patch_embedding.weight", "blocks.0.ffn.0.weight"],
+    "lumina2": ["cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight"],
+    "ltxv": ["adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight"],
+    "sd3": ["joint_blocks.0.context_block.attn.qkv.weight"],
+    "hunyuan_video": ["txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_mod.linear.weight"],
+    "hidream": ["caption_projection.0.linear.weight"],
+    "sdxl": ["input_blocks.0.0.weight", "label_emb.0.0.weight"],
+    "llm": ["model.layers.0.self_attn.k_proj.weight", "model.layers.0.post_attention_layernorm.weight"],
+    "clip": ["text_model.encoder.layers.0.mlp.fc1.weight"],
+    "other_text_encoder": ["encoder.block.0.layer.0.SelfAttention.k.weight"],
+    "vae": ["decoder.conv_in.weight", "encoder.conv_in.weight"],
+    "unknown": ["encoder.layer.0.attention.self.query.weight"],
+}
+
+
+@pytest.mark.parametrize(("family", "keys"), FAMILY_KEYS.items())
+def test_a_family_is_known_by_its_keys(family, keys):
+    assert Components(infos(*keys)).main.family == family
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("flux", ["double_stream_modulation_img.lin.weight", "img_in.weight"]),
+        ("flux", ["double_blocks.0.img_attn.norm.key_norm.weight", "img_in.weight", "time_in.in_layer.weight"]),
+        ("chroma", ["distilled_guidance_layer.norms.0.weight", "img_in.weight"]),
+        ("llm", ["model.language_model.layers.0.input_layernorm.weight"]),
+        ("clip", ["transformer.resblocks.0.ln_1.weight"]),
+    ],
+)
+def test_newer_key_names_are_known_too(family, keys):
+    assert detect_family(infos(*keys)) == family
+
+
+@pytest.mark.parametrize(("rows", "family"), [(10240, "t5xxl"), (5120, "other_text_encoder")])
+def test_t5_xxl_is_told_from_t5_xl_by_its_width(rows, family):
+    assert Components(of(checkpoints.t5xxl(rows=rows))).main.family == family
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model."])
+@pytest.mark.parametrize("family", ["flux", "wan", "sd3", "sdxl"])
+def test_a_family_is_known_under_every_prefix(family, prefix):
+    component = Components(infos(*(prefix + key for key in FAMILY_KEYS[family]))).main
+    assert (component.prefix, component.family) == (prefix, family)
+
+
+def test_an_unknown_network_under_a_prefix():
+    assert Components(infos(*(f"net.blocks.{i}.mlp.weight" for i in range(6)))).main.prefix == "net."
+    assert Components(infos(*(f"net.blocks.{i}.mlp.weight" for i in range(5)))).main.prefix == ""
+    assert Components(infos("model.double_layers.0.weight", "vae.decoder.weight")).main.prefix == "model."
+    assert Components(infos("model.double_layers.0.weight")).main.prefix == ""
+
+
+def test_the_choices_are_auto_all_linear_and_every_family_that_can_be_quantized():
+    assert list(LAYERS) == [
+        *("auto", "all_linear", "flux", "chroma", "qwen_image", "wan", "lumina2", "ltxv", "sd3", "hunyuan_video"),
+        *("hidream", "sdxl", "t5xxl", "llm", "unknown"),
+    ]
+
+
+# Presets: what is kept and what is quantized of each family, in names of the published files
+
+
+@pytest.mark.parametrize(
+    ("family", "kept", "quantized"),
+    [
+        (
+            "flux",
+            "img_in txt_in time_in.in_layer vector_in.out_layer guidance_in.in_layer final_layer.adaLN_modulation.1 "
+            "double_stream_modulation_txt.lin single_stream_modulation.lin",
+            "double_blocks.0.img_mod.lin single_blocks.37.linear1 double_blocks.18.txt_attn.qkv",
+        ),
+        (
+            "chroma",
+            "distilled_guidance_layer.layers.0.in_layer distilled_guidance_layer.out_proj img_in final_layer.linear",
+            "double_blocks.0.img_attn.qkv single_blocks.0.linear2",
+        ),
+        (
+            "qwen_image",
+            "img_in txt_in time_text_embed.timestep_embedder.linear_1 norm_out.linear proj_out "
+            "transformer_blocks.0.img_mod.1",
+            "transformer_blocks.0.txt_mod.1 transformer_blocks.1.img_mod.1 transformer_blocks.59.attn.to_q",
+        ),
+        (
+            "wan",
+            "text_embedding.0 time_embedding.2 time_projection.1 img_emb.proj.1 head.head face_adapter.fuser.q "
+            "audio_injector.injector.0.q casual_audio_encoder.encoder.linear audio_proj.proj1",
+            "blocks.0.self_attn.q blocks.39.ffn.2 blocks.0.cross_attn.k_img",
+        ),
+        (
+            "lumina2",
+            "x_embedder cap_embedder.1 t_embedder.mlp.0 layers.0.adaLN_modulation.0 final_layer.linear "
+            "context_refiner.0.attention.qkv noise_refiner.1.feed_forward.w1",
+            "layers.0.attention.qkv layers.29.feed_forward.w2",
+        ),
+        (
+            "ltxv",
+            "adaln_single.linear patchify_proj proj_out caption_projection.linear_1 audio_embeddings_connector.proj "
+            "transformer_blocks.0.attn1.to_q transformer_blocks.1.ff.net.2 transformer_blocks.26.attn1.to_q "
+            "transformer_blocks.27.attn2.to_v",
+            "transformer_blocks.2.attn1.to_q transformer_blocks.25.attn1.to_q transformer_blocks.10.attn1.to_q",
+        ),
+        (
+            "sd3",
+            "y_embedder.mlp.0 t_embedder.mlp.2 context_embedder joint_blocks.0.x_block.adaLN_modulation.1 "
+            "final_layer.linear",
+            "joint_blocks.0.x_block.attn.qkv joint_blocks.37.context_block.mlp.fc1",
+        ),
+        (
+            "hunyuan_video",
+            "img_in.proj txt_in.input_embedder time_in.in_layer vector_in.in_layer guidance_in.in_layer byt5_in.fc1 "
+            "vision_in.proj.1 time_r_in.in_layer final_layer.linear double_blocks.0.img_mod.linear "
+            "double_blocks.0.txt_mod.linear single_blocks.0.modulation.linear",
+            "double_blocks.0.img_attn_qkv single_blocks.39.linear1",
+        ),
+        (
+            "hidream",
+            "x_embedder.proj t_embedder.timestep_embedder.linear_1 p_embedder.pooled_embedder.linear_1 "
+            "caption_projection.0.linear final_layer.linear double_stream_blocks.0.block.ff_i.gate",
+            "double_stream_blocks.0.block.ff_i.experts.0.w1 single_stream_blocks.31.block.attn1.to_q "
+            "double_stream_blocks.0.block.ff_t.gate",
+        ),
+        (
+            "sdxl",
+            "time_embed.0 label_emb.0.2",
+            "input_blocks.4.1.transformer_blocks.0.attn1.to_q input_blocks.1.0.emb_layers.1 middle_block.1.proj_in",
+        ),
+        (
+            "llm",
+            "model.embed_tokens model.norm lm_head visual.blocks.0.attn.qkv vision_model.encoder.layers.0.mlp.fc1 "
+            "multi_modal_projector.linear_1",
+            "model.layers.0.self_attn.q_proj model.layers.27.mlp.down_proj",
+        ),
+    ],
+)
+def test_a_preset_keeps_what_it_says(family, kept, quantized):
+    names = [f"{layer}.weight" for layer in f"{kept} {quantized}".split()]
+    selection = select_layers(infos(*FAMILY_KEYS[family], shape=(1, 1)) | infos(*names))
+    assert selection.family == family
+    assert sorted(selection.quantize) == sorted(f"{layer}.weight" for layer in quantized.split())
+
+
+def test_t5_xxl_keeps_its_embeddings():
+    selection = select_layers(of(checkpoints.t5xxl()))
+    assert set(selection.quantize) == {
+        "encoder.block.23.layer.1.DenseReluDense.wi_1.weight",
+        "encoder.block.0.layer.0.SelfAttention.k.weight",
+    }
+
+
+@pytest.mark.parametrize("family", ["clip", "other_text_encoder", "vae"])
+@pytest.mark.parametrize("layers", ["auto", "all_linear", "t5xxl", "sd3"])
+def test_nothing_of_clip_other_text_encoders_and_vae_is_ever_quantized(family, layers):
+    tensors = infos(*FAMILY_KEYS[family], "layers.0.mlp.weight")
+    selection = select_layers(tensors, layers=layers)
+    assert selection.quantize == ()
+    assert {reason for _, reason in selection.kept} == {PRESETS[family].reason}
+
+
+def test_an_unknown_network_keeps_its_ends_and_what_sounds_like_embeddings_norms_heads_and_modulations():
+    inner = [f"encoder.layer.{i}.attention.self.query.weight" for i in range(3)]
+    kept = {
+        "pooler.dense.weight": "at the beginning or the end of an unknown network",
+        "entry.0.weight": "at the beginning or the end of an unknown network",
+        "encoder.layer.0.time_embedder.linear.weight": "kept by pattern '*embed*' of preset unknown",
+        "encoder.layer.0.lm_heads.out.weight": "kept by pattern '*head*' of preset unknown",
+        "encoder.layer.0.ada_modulation.weight": "kept by pattern '*modulation*' of preset unknown",
+        "encoder.layer.0.img_mod.1.weight": "kept by pattern '*_mod' of preset unknown",
+        "encoder.layer.0.normal.out.weight": "kept by pattern '*norm*' of preset unknown",
+    }
+    selection = select_layers(infos(*inner, *kept))
+    assert selection.quantize == tuple(inner)
+    assert dict(selection.kept) == kept
+
+
+def test_a_network_without_blocks_keeps_its_first_and_last_tensor():
+    tensors = infos("a.weight", "b.weight", "c.weight", "d.weight") | infos("d.bias", shape=(16,))
+    assert select_layers(tensors).quantize == ("b.weight", "c.weight")
+
+
+def test_all_linear_keeps_nothing_that_can_be_quantized():
+    selection = select_layers(of(checkpoints.sd3()), layers="all_linear")
+    assert len(selection.quantize) == 12
+    assert dict(selection.kept) == {
+        "joint_blocks.0.x_block.attn.qkv.bias": "no Linear weight",
+        "x_embedder.proj.weight": "no Linear weight",
+    }
+    assert selection.pattern_hits == ()
+
+
+def test_a_family_can_be_named_for_a_network_that_is_not_known():
+    tensors = infos("blocks.0.attn.q.weight", "time_embed.0.weight", "blocks.0.attn.head.out.weight")
+    selection = select_layers(tensors, layers="sdxl")
+    assert selection.quantize == ("blocks.0.attn.q.weight", "blocks.0.attn.head.out.weight")
+    assert selection.notes == ("'time_embed' keeps 33% of the parameters in high precision",)
+
+
+def test_naming_another_family_than_the_keys_show_is_noted():
+    selection = select_layers(of(checkpoints.sd3()), layers="flux")
+    assert "the keys look like SD3, SD3.5, the preset asked for is that of flux" in selection.notes
+
+
+def test_an_unknown_choice_of_layers_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="unknown layers 'all': choose one of auto, all_linear, flux"):
+        select_layers({}, layers="all")
+
+
+# Rules that always hold
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "reason"),
+    [
+        ("blocks.0.conv.weight", (32, 16, 3, 3), "bfloat16", "no Linear weight"),
+        ("blocks.0.norm.weight", (32,), "bfloat16", "no Linear weight"),
+        ("blocks.0.experts.weight", (4, 32, 16), "bfloat16", "no Linear weight"),
+        ("blocks.0.attn.bias", (32, 16), "bfloat16", "no Linear weight"),
+        ("blocks.0.modulation", (32, 16), "bfloat16", "no Linear weight"),
+        ("weight", (32, 16), "bfloat16", "no Linear weight"),
+        ("model.embed_tokens.weight", (32, 16), "bfloat16", "no Linear weight"),
+        ("shared.weight", (32, 16), "bfloat16", "no Linear weight"),
+        ("text_model.embeddings.token_embedding.weight", (32, 16), "bfloat16", "no Linear weight"),
+        ("text_model.embeddings.position_embedding.weight", (32, 16), "bfloat16", "no Linear weight"),
+        ("embeddings.word_embeddings.weight", (32, 16), "bfloat16", "no Linear weight"),
+        ("motion_encoder.dec.direction.weight", (512, 32), "bfloat16", "no Linear weight"),
+        ("blocks.0.attn.q.weight", (32, 24), "bfloat16", "a side is not divisible by 16"),
+        ("blocks.0.attn.q.weight", (8, 16), "bfloat16", "a side is not divisible by 16"),
+        ("blocks.0.attn.q.weight", (0, 16), "bfloat16", "empty"),
+        ("blocks.0.attn.q.weight", (32, 16), "uint8", "uint8 holds no plain floating-point numbers"),
+        ("blocks.0.attn.q.weight", (32, 16), "complex64", "complex64 holds no plain floating-point numbers"),
+        ("blocks.0.attn.q.weight", (32, 16), "float8_e8m0fnu", "float8_e8m0fnu holds no plain floating-point numbers"),
+    ],
+)
+def test_what_fp8_cannot_hold_is_kept(name, shape, dtype, reason):
+    assert reasons(infos(name, shape=shape, dtype=dtype), layers="all_linear") == {name: reason}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+def test_every_plain_float_dtype_can_be_quantized(dtype):
+    assert select_layers(infos("a.weight", dtype=dtype), layers="all_linear").quantize == ("a.weight",)
+
+
+def test_with_module_types_at_hand_names_do_not_matter():
+    tensors = infos("shared.weight", "embedder.weight", "blocks.0.attn.weight")
+    selection = select_layers(tensors, layers="all_linear", linear_names={"shared", "blocks.0.attn"})
+    assert selection.quantize == ("shared.weight", "blocks.0.attn.weight")
+    assert dict(selection.kept) == {"embedder.weight": "no Linear weight"}
+
+
+def test_a_three_dimensional_linear_is_kept():
+    tensors = infos("experts.weight", shape=(2, 32, 16))
+    assert reasons(tensors, layers="all_linear", linear_names={"experts"}) == {"experts.weight": "no Linear weight"}
+
+
+# The user's patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "matches"),
+    [
+        ("img_in", "img_in.weight", True),
+        ("img_in", "model.diffusion_model.img_in.weight", True),
+        ("t_embedder", "context_embedder.weight", False),
+        ("attn.qkv", "blocks.0.attn.qkv.weight", True),
+        ("attn.qk", "blocks.0.attn.qkv.weight", False),
+        ("ttn.qkv", "blocks.0.attn.qkv.weight", False),
+        ("blocks.1", "blocks.10.attn.weight", False),
+        ("blocks.*.attn", "blocks.10.attn.weight", True),
+        ("blocks.*", "blocks.10.attn.weight", True),
+        ("*_embed*", "x.time_embedder.0.weight", True),
+        ("*.weight", "img_in.weight", True),
+        ("*", "a", True),
+        ("img*", "img_in.weight", True),
+        ("a.*.c", "a.b.b.c", False),
+        ("b[0-9]", "b0.weight", False),
+        ("b.c", "bxc.weight", False),
+        (" img_in ", "img_in.weight", True),
+        ("img_in.", "img_in.weight", True),
+        ("blocks.0.attn.weight", "blocks.0.attn.weight", True),
+    ],
+)
+def test_a_pattern_is_whole_dotted_parts(pattern, name, matches):
+    assert bool(compile_pattern(pattern).search(name)) == matches
+
+
+@pytest.mark.parametrize(("pattern", "block"), [("blocks.-1", 27), ("blocks.-2", 26), ("x.blocks.-28", 0)])
+def test_a_negative_number_counts_from_the_end(pattern, block):
+    names = [f"x.blocks.{i}.attn.weight" for i in range(28)]
+    expression = compile_pattern(pattern, names)
+    assert [name for name in names if expression.search(name)] == [f"x.blocks.{block}.attn.weight"]
+
+
+@pytest.mark.parametrize("pattern", ["", " ", ".", "a..b"])
+def test_an_empty_pattern_is_refused(pattern):
+    with pytest.raises(ValueError, match="is no pattern"):
+        compile_pattern(pattern)
+
+
+def test_keep_and_only_narrow_the_choice_and_count_their_hits():
+    tensors = of(checkpoints.sd3())
+    selection = select_layers(tensors, keep=["fc2"], only=["x_block", "context_embedder"])
+    assert selection.quantize == (
+        *("joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.x_block.mlp.fc1.weight"),
+        *("joint_blocks.1.x_block.attn.qkv.weight", "joint_blocks.1.x_block.mlp.fc1.weight"),
+    )
+    why = dict(selection.kept)
+    assert why["joint_blocks.0.x_block.mlp.fc2.weight"] == "kept by pattern 'fc2'"
+    assert why["joint_blocks.0.context_block.attn.qkv.weight"] == "not named by 'only'"
+    assert why["context_embedder.weight"] == "kept by pattern 'context_embedder' of preset sd3"
+    assert dict(selection.pattern_hits) == {
+        "x_embedder": 0,
+        "y_embedder": 0,
+        "t_embedder": 0,
+        "adaLN_modulation": 2,
+        "final_layer": 0,
+        "fc2": 2,
+        "x_block": 8,
+        "context_embedder": 2,
+    }
+
+
+def test_a_users_pattern_may_carry_the_files_prefix():
+    tensors = of(checkpoints.sd3("model.diffusion_model."))
+    selection = select_layers(tensors, only=["model.diffusion_model.joint_blocks.1"])
+    assert len(selection.quantize) == 4
+
+
+@pytest.mark.parametrize("where", ["keep", "only"])
+def test_a_pattern_that_matches_nothing_names_near_matches(where):
+    with pytest.raises(
+        UnknownPatternError, match="'adaLN_modulatoin' matches no tensor; did you mean adaLN_modulation"
+    ):
+        select_layers(of(checkpoints.sd3()), **{where: ["adaLN_modulatoin"]})
+    with pytest.raises(UnknownPatternError, match=r"did you mean joint_blocks\.0, joint_blocks\.1"):
+        select_layers(of(checkpoints.sd3()), **{where: ["joint_block.0"]})
+    with pytest.raises(UnknownPatternError, match="'zzz' matches no tensor; a pattern is whole dotted parts"):
+        select_layers(of(checkpoints.sd3()), **{where: ["zzz"]})
+
+
+def test_suffixes_narrow_the_choice():
+    selection = select_layers(of(checkpoints.sd3()), suffixes=["qkv.weight", "fc2.weight"])
+    assert len(selection.quantize) == 6
+    reason = dict(selection.kept)["joint_blocks.0.x_block.mlp.fc1.weight"]
+    assert reason == "name does not end in qkv.weight or fc2.weight"
+
+
+def test_a_costly_pattern_is_noted():
+    tensors = infos("joint_blocks.0.context_block.attn.qkv.weight", "joint_blocks.0.x_block.adaLN_modulation.1.weight")
+    assert "'adaLN_modulation' keeps 50% of the parameters in high precision" in select_layers(tensors).notes
+
+
+# All-in-one checkpoints
+
+
+def test_of_an_all_in_one_checkpoint_the_diffusion_model_and_t5_are_quantized():
+    selection = select_layers(of(checkpoints.all_in_one()))
+    assert selection.family == "sd3"
+    assert [name.split(".")[0] for name in selection.quantize] == ["model"] * 8 + ["text_encoders"] * 2
+    why = dict(selection.kept)
+    assert "CLIP-L" in why["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"]
+    assert why["first_stage_model.decoder.mid.attn.weight"] == "a VAE is never quantized"
+    assert "text_encoders.t5xxl.transformer.* is quantized with the preset of T5-XXL, UMT5-XXL" in selection.notes
+
+
+def test_the_tensor_key_is_the_same_alone_and_in_an_all_in_one_checkpoint():
+    selection = select_layers(of(checkpoints.all_in_one()))
+    keys = [selection.tensor_key(name) for name in selection.quantize]
+    alone = select_layers(of(checkpoints.sd3())).quantize + select_layers(of(checkpoints.t5xxl())).quantize
+    assert sorted(keys) == sorted(alone)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.something."]
+)
+def test_text_encoders_of_older_checkpoints_stay_as_they_are(prefix):
+    tensors = infos(
+        "model.diffusion_model.input_blocks.0.0.weight", f"{prefix}text_model.encoder.layers.0.mlp.fc1.weight"
+    )
+    selection = select_layers(tensors, layers="all_linear")
+    assert selection.quantize == ("model.diffusion_model.input_blocks.0.0.weight",)
+
+
+def test_a_tensor_of_no_network_stays_as_it_is():
+    tensors = of(checkpoints.sd3("model.diffusion_model.")) | infos("optimizer.state.weight")
+    assert reasons(tensors)["optimizer.state.weight"] == "belongs to no model in this file"
+    assert select_layers(tensors).tensor_key("optimizer.state.weight") == "optimizer.state.weight"
+
+
+# Diffusers layout
+
+
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [
+        ("Flux", ["x_embedder.weight", "single_transformer_blocks.0.attn.to_q.weight"]),
+        ("AuraFlow", ["joint_transformer_blocks.0.attn.add_k_proj.weight"]),
+        ("Z-Image", ["noise_refiner.0.attention.norm_k.weight"]),
+        ("SD3", ["pos_embed.proj.weight", "transformer_blocks.0.attn.add_q_proj.weight"]),
+        ("PixArt", ["pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"]),
+        ("Wan", ["condition_embedder.time_embedder.linear_1.weight", "blocks.0.attn1.to_q.weight"]),
+        ("LTX", ["time_embed.emb.timestep_embedder.linear_1.weight", "transformer_blocks.0.attn1.to_q.weight"]),
+        ("SD 1.x", ["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"]),
+    ],
+)
+def test_the_diffusers_layout_is_recognised(model, keys):
+    assert diffusers_model(infos(*keys)).startswith(model)
+
+
+@pytest.mark.parametrize("keys", FAMILY_KEYS.values())
+def test_no_comfyui_layout_is_taken_for_diffusers(keys):
+    assert diffusers_model(infos(*keys, "transformer_blocks.0.attn.add_q_proj.weight")) is None
+
+
+def test_tensor_info_counts_bytes():
+    assert TensorInfo.of(torch.zeros(3, 5, dtype=torch.bfloat16)) == TensorInfo("bfloat16", (3, 5))
+    assert TensorInfo("bfloat16", (3, 5)).nbytes == 30
+    assert TensorInfo("float4_e2m1fn", (3, 4)).nbytes == 6
+    assert TensorInfo("float32", ()).nbytes == 4

@@ -1,0 +1,501 @@
+"""Every sound safetensors file is read bit for bit, every other refused in one line; writing is the library's own."""
+
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from stochastic_fp8_pack.kernels import atomic_file
+from stochastic_fp8_pack.kernels.safetensors_header import MAX_HEADER, TensorInfo, parse_header
+from stochastic_fp8_pack.kernels.safetensors_io import CheckpointError, open_source, write_tensors, writing
+from unit.checkpoints import entry, raw_file, weights
+
+DTYPES = [
+    *("bool", "uint8", "int8", "float8_e5m2", "float8_e4m3fn", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    *(
+        "int16",
+        "uint16",
+        "float16",
+        "bfloat16",
+        "int32",
+        "uint32",
+        "float32",
+        "complex64",
+        "float64",
+        "int64",
+        "uint64",
+    ),
+]
+ODD_NAMES = ["", "a b", 'quote"', "back\\slash", "new\nline", "tab\t\x01\x7f", "ünïcödé.重み", "__metadata", "a" * 1000]
+
+
+def every_dtype():
+    """Three random patterns of bits in each dtype."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name in DTYPES:
+        size = torch.empty(0, dtype=getattr(torch, name)).element_size()
+        data = torch.randint(0, 2 if name == "bool" else 256, (3 * size,), dtype=torch.uint8, generator=generator)
+        tensors[name] = data.view(getattr(torch, name))
+    return tensors
+
+
+def same_bits(a, b):
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bytes(a.flatten().view(torch.uint8)) == bytes(b.flatten().view(torch.uint8))
+    )
+
+
+def read_all(path):
+    with open_source(path) as source:
+        return {name: source.read(name) for name in source.tensors}
+
+
+@pytest.fixture
+def as_nobody():
+    """as_nobody(folder): a context without root's right to open everything, in which `folder` is reachable."""
+
+    @contextmanager
+    def change_user(folder):
+        if os.geteuid():
+            yield
+            return
+        for parent in [folder, *folder.parents][:3]:  # pytest's own folders are closed to others
+            parent.chmod(parent.stat().st_mode | 0o055)
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return change_user
+
+
+# Reading
+
+
+def test_every_dtype_is_read_bit_for_bit(tmp_path):
+    save_file(every_dtype(), tmp_path / "a.safetensors")
+    read = read_all(tmp_path / "a.safetensors")
+    assert all(same_bits(read[name], tensor) for name, tensor in every_dtype().items())
+
+
+def test_scalars_empty_tensors_and_odd_names_are_read(tmp_path):
+    tensors = {name: torch.full((), float(i)) for i, name in enumerate(ODD_NAMES)} | {"empty": torch.ones(0, 5)}
+    save_file(tensors, tmp_path / "a.safetensors", {"key": "välue\n"})
+    with open_source(tmp_path / "a.safetensors") as source:
+        assert source.metadata == {"key": "välue\n"}
+        assert source.name == "a.safetensors"
+        assert source.tensors["empty"].shape == (0, 5)
+    read = read_all(tmp_path / "a.safetensors")
+    assert [read[name].item() for name in ODD_NAMES] == list(map(float, range(len(ODD_NAMES))))
+
+
+def test_reading_into_scratch_memory_gives_a_view_of_it(tmp_path):
+    save_file({"a": torch.arange(6, dtype=torch.float32).reshape(2, 3)}, tmp_path / "a.safetensors")
+    scratch = torch.zeros(100, dtype=torch.uint8)
+    with open_source(tmp_path / "a.safetensors") as source:
+        a = source.read("a", scratch)
+    assert a.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert a.data_ptr() == scratch.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        ({}, b""),
+        ({"__metadata__": {}}, b""),
+        ({"a": entry("U8", [0], 0, 0)}, b""),
+        ({"b": entry("U8", [1], 1, 2), "a": entry("U8", [1], 0, 1)}, b"xy"),
+        ({"a": entry("F4", [4], 0, 2)}, b"xy"),
+        ({"a": entry("F6_E2M3", [4], 0, 3)}, b"xyz"),
+        ({"a": {**entry("U8", [1], 0, 1), "unknown": "ignored"}}, b"x"),
+        (b'{\n "a" : {"dtype":"U8","shape":[1],"data_offsets":[0,1]} } \n ', b"x"),
+    ],
+)
+def test_unusual_but_sound_headers_are_read(tmp_path, header, data):
+    with open_source(raw_file(tmp_path / "a.safetensors", header, data)) as source:
+        assert b"".join(source.read_bytes(name) for name in sorted(source.tensors)) == data
+
+
+def test_a_dtype_that_torch_lacks_is_copied_but_not_computed_with(tmp_path):
+    raw = raw_file(tmp_path / "a.safetensors", {"a": entry("F6_E3M2", [4], 0, 3)}, b"xyz")
+    with open_source(raw) as source:
+        assert source.read_bytes("a") == b"xyz"
+        with pytest.raises(CheckpointError, match="'a' has dtype float6_e3m2fn, which torch .* lacks"):
+            source.read("a")
+
+
+U8 = entry("U8", [1], 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        (b"", b"", "does not begin with a header|truncated"),
+        (b"{", b"", "invalid header"),
+        (b"{}x", b"", "something follows its end"),
+        (b'{"a"}', b"", "':' is missing"),
+        (b'{"a":1}', b"", "lacks its dtype|invalid header"),
+        (b'{"a":{"b":{}}}', b"", "invalid header"),
+        (b'{"a":' + b"[" * 10000 + b"]" * 10000 + b"}", b"", "invalid header"),
+        (b'{"\xff":{}}', b"", "utf-8"),
+        (b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b"", "surrogates"),
+        (b'{"__metadata__":{"a":1}}', b"", "no string"),
+        (b'{"__metadata__":{"a":"1","a":"2"}}', b"", "'a' occurs twice"),
+        (b'{"__metadata__":{},"__metadata__":{}}', b"", "'__metadata__' occurs twice"),
+        (b'{"__metadata__":"text"}', b"", "'{' is missing"),
+        (
+            b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+            b"xy",
+            "'w' occurs twice",
+        ),
+        (b'{"w":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"x", "'dtype' occurs twice"),
+        ({"w": {**U8, "dtype": "F128"}}, b"x", "unknown dtype 'F128'; known are BOOL"),
+        ({"w": {**U8, "dtype": ["U8"]}}, b"x", "unknown dtype"),
+        ({"w": {"dtype": "U8", "shape": [1]}}, b"x", "'w' lacks its dtype, shape or data_offsets"),
+        ({"w": {**U8, "shape": [-1]}}, b"x", "impossible shape"),
+        ({"w": {**U8, "shape": [1.0]}}, b"x", "impossible shape"),
+        ({"w": {**U8, "shape": [True]}}, b"x", "impossible shape"),
+        ({"w": {**U8, "shape": "1"}}, b"x", "impossible shape"),
+        ({"w": {**U8, "shape": [1] * 65}}, b"x", "impossible shape"),
+        ({"w": {**U8, "shape": [2**62, 2**62]}}, b"x", "cannot have the 1 bytes"),
+        ({"w": {**U8, "shape": [2**80]}}, b"x", "impossible shape"),
+        ({"w": {**U8, "shape": [2]}}, b"x", "cannot have the 1 bytes"),
+        ({"w": entry("F4", [3], 0, 2)}, b"xy", "cannot have the 2 bytes"),
+        ({"w": {**U8, "data_offsets": [0]}}, b"x", "impossible data_offsets"),
+        ({"w": {**U8, "data_offsets": [1, 0]}}, b"x", "cannot have the -1 bytes"),
+        ({"w": {**U8, "data_offsets": [-1, 0]}}, b"x", "impossible data_offsets"),
+        ({"w": {**U8, "data_offsets": [0, 10**300]}}, b"x", "impossible data_offsets"),
+        ({"w": U8, "v": U8}, b"xy", "tensors '.' and '.' overlap"),
+        ({"w": entry("U8", [3], 0, 3), "v": entry("U8", [1], 1, 2)}, b"xyz", "tensors 'w' and 'v' overlap"),
+        ({"w": U8, "v": entry("U8", [1], 3, 4)}, b"wxyz", "no tensor owns the 2 bytes before 'v'"),
+        ({"w": entry("U8", [1], 5, 6)}, b"x", "no tensor owns the 5 bytes before 'w'"),
+        ({"w": entry("U8", [9], 0, 9)}, b"x", "truncated: 8 of [0-9,]+ bytes are missing"),
+        ({"w": U8}, b"xy", "1 bytes that belong to no tensor"),
+        ({"w": {**U8, "dtype": "U8" + "x" * 5000}}, b"x", "invalid header"),
+    ],
+)
+def test_a_faulty_header_is_refused_in_one_line_that_names_the_file(tmp_path, header, data, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_source(raw_file(tmp_path / "bad.safetensors", header, data))
+    assert str(caught.value).startswith("bad.safetensors: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated"),
+        (b"\x10\0\0", "truncated"),
+        (b"\x10\0\0\0\0\0\0\0{}", "truncated: it ends inside its header"),
+        (b"\xff" * 8 + b"{}", "not a safetensors file"),
+        ((MAX_HEADER + 1).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+        (b"PK\x03\x04" + b"\0" * 100, "PyTorch pickle"),
+        (pickle.dumps({"a": 1}), "Python pickle"),
+        (b"GGUF" + b"\0" * 100, "GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"some text that is no model at all", "not a safetensors file"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_named(tmp_path, content, message):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(path)
+
+
+def test_a_header_of_100_mb_of_brackets_costs_no_gigabytes(tmp_path):
+    """As JSON these are 50 million lists; the parser stops at the first."""
+    text = b'{"a":[' + b"[]," * ((MAX_HEADER - 20) // 3) + b"[]]}"
+    with pytest.raises(CheckpointError, match="invalid header"):
+        open_source(raw_file(tmp_path / "a.safetensors", text))
+
+
+def test_too_many_tensors_are_refused(monkeypatch):
+    monkeypatch.setattr("stochastic_fp8_pack.kernels.safetensors_header.MAX_TENSORS", 2)
+    header = {str(i): entry("U8", [0], 0, 0) for i in range(3)}
+    with pytest.raises(ValueError, match="more than 2 tensors"):
+        parse_header(json.dumps(header).encode())
+
+
+def test_a_missing_file_a_folder_a_pipe_and_another_suffix_are_refused(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name, message in [
+        ("none.safetensors", "cannot be opened: No such file"),
+        ("folder.safetensors", "is no file"),
+        ("pipe.safetensors", "is no file"),
+        ("model.ckpt", "does not end in .safetensors"),
+        ("", "is no file"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            open_source(tmp_path / name)
+
+
+def test_a_file_without_permission_is_refused(tmp_path, as_nobody):
+    save_file(weights("a"), tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").chmod(0)
+    with as_nobody(tmp_path), pytest.raises(CheckpointError, match="cannot be opened: Permission denied"):
+        open_source(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
+    save_file(weights("a"), tmp_path / "a.safetensors")
+    with open_source(tmp_path / "a.safetensors") as source:
+        os.truncate(tmp_path / "a.safetensors", 200)
+        with pytest.raises(CheckpointError, match="became shorter"):
+            source.read("a")
+
+
+# Sharded files
+
+
+def write_shards(folder, weight_map=None, **shards):
+    for name, tensors in shards.items():
+        save_file(tensors, folder / f"{name}.safetensors", {"format": "pt", "from": name})
+    weight_map = weight_map or {key: f"{name}.safetensors" for name, tensors in shards.items() for key in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder / "model.safetensors.index.json"
+
+
+def test_the_files_of_an_index_are_one_source(tmp_path):
+    path = write_shards(tmp_path, one=weights("a", "b"), two=weights("c", seed=1))
+    with open_source(path) as source:
+        assert list(source.tensors) == ["a", "b", "c"]
+        assert source.metadata == {"format": "pt", "from": "one"}
+        assert same_bits(source.read("c"), weights("c", seed=1)["c"])
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "one.safetensors", "x": "one.safetensors"}, "promises tensor 'x' in 'one.safetensors'"),
+        ({"a": "one.safetensors", "c": "one.safetensors", "d": "two.safetensors"}, "promises tensor"),
+        ({"a": "missing.safetensors"}, "missing.safetensors: cannot be opened"),
+        ({"a": "../one.safetensors"}, "no .safetensors file in the same folder"),
+        ({"a": "/etc/one.safetensors"}, "no .safetensors file in the same folder"),
+        ({"a": "..\\one.safetensors"}, "no .safetensors file in the same folder"),
+        ({"a": "one.bin"}, "no .safetensors file in the same folder"),
+        ({"a": 1}, "no .safetensors file in the same folder"),
+    ],
+)
+def test_a_faulty_index_is_refused(tmp_path, weight_map, message):
+    with pytest.raises(CheckpointError, match=message):
+        open_source(write_shards(tmp_path, weight_map, one=weights("a"), two=weights("c")))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map":{}}', '{"weight_map":[]}', "[" * 100000, "{\n"])
+def test_an_index_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "a.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="no weight_map|not a valid index"):
+        open_source(tmp_path / "a.safetensors.index.json")
+
+
+def test_an_index_too_large_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors.index.json"
+    path.touch()
+    os.truncate(path, MAX_HEADER + 1)
+    with pytest.raises(CheckpointError, match="too many for an index"):
+        open_source(path)
+
+
+def test_two_files_with_the_same_tensor_are_refused(tmp_path):
+    path = write_shards(
+        tmp_path, {"a": "one.safetensors", "b": "two.safetensors"}, one=weights("a"), two=weights("a", "b")
+    )
+    with pytest.raises(CheckpointError, match="both hold tensor 'a'"):
+        open_source(path)
+
+
+# Writing
+
+
+def test_a_written_file_is_the_librarys_own_byte_for_byte(tmp_path):
+    tensors = every_dtype() | {name: torch.ones(2, 3) for name in ODD_NAMES} | {"empty": torch.ones(0, 5)}
+    write_tensors(tmp_path / "a.safetensors", tensors, {"one": "entry"})
+    assert (tmp_path / "a.safetensors").read_bytes() == save(tensors, {"one": "entry"})
+    assert load_file(tmp_path / "a.safetensors").keys() == tensors.keys()
+
+
+def test_strided_tensors_are_written_in_order(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.arange(6).reshape(2, 3).T})
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_a_tensor_copied_in_chunks_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("stochastic_fp8_pack.kernels.safetensors_io.COPY_CHUNK", 100)
+    save_file(weights("a"), tmp_path / "a.safetensors")
+    source = open_source(tmp_path / "a.safetensors")
+    with source, writing(tmp_path / "b.safetensors", {"b": source.tensors["a"]}, {}) as writer:
+        writer.copy("b", source, "a")
+    assert same_bits(load_file(tmp_path / "b.safetensors")["b"], weights("a")["a"])
+
+
+def test_metadata_is_written_in_one_order(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {}, {"b": "2", "a": "1"})
+    write_tensors(tmp_path / "b.safetensors", {}, {"a": "1", "b": "2"})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_header_too_large_for_any_reader_is_not_written(tmp_path):
+    with pytest.raises(CheckpointError, match="no program reads more than"):
+        write_tensors(tmp_path / "a.safetensors", {}, {"a": "x" * MAX_HEADER})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_replaced_only_when_asked(tmp_path):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match="already exists"):
+        write_tensors(target, weights("a"))
+    assert target.read_bytes() == b"mine"
+    write_tensors(target, weights("a"), overwrite=True)
+    assert load_file(target).keys() == {"a"}
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError, match="already exists"), writing(target, {}, {}):
+        target.write_bytes(b"mine")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.safetensors": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.bin", "must end in .safetensors"),
+        ("none/a.safetensors", "there is no folder"),
+        ("d.safetensors", "a folder"),
+    ],
+)
+def test_an_impossible_target_is_refused(tmp_path, name, message):
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=message):
+        write_tensors(tmp_path / name, weights("a"), overwrite=True)
+
+
+def test_a_folder_without_permission_is_refused(tmp_path, as_nobody):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with as_nobody(tmp_path), pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+        write_tensors(tmp_path / "closed" / "a.safetensors", weights("a"))
+
+
+def test_a_tensor_of_another_kind_than_announced_is_refused(tmp_path):
+    announced = {"a": TensorInfo("float32", (2,))}
+    with pytest.raises(ValueError, match="announced was"), writing(tmp_path / "a.safetensors", announced, {}) as writer:
+        writer.write("a", torch.ones(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_never_written_is_an_error(tmp_path):
+    announced = {"a": TensorInfo("float32", (2,))}
+    with pytest.raises(ValueError, match="never written: a"), writing(tmp_path / "a.safetensors", announced, {}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_whatever_ends_the_writing_leaves_the_target_as_it_was(tmp_path, exception):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"mine")
+    with pytest.raises(exception), writing(target, {}, {}, overwrite=True):
+        raise exception
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.safetensors": b"mine"}
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(CheckpointError, match="0.00 GB are free: free some space first"):
+        write_tensors(tmp_path / "a.safetensors", weights("a"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_file_is_readable_as_any_other(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {})
+    (tmp_path / "b").touch()
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == stat.S_IMODE((tmp_path / "b").stat().st_mode)
+
+
+# Temporary files of other jobs
+
+
+def test_a_dead_jobs_file_is_removed_and_a_living_ones_stays(tmp_path):
+    target = tmp_path / "a.safetensors"
+    dead = tmp_path / "a.safetensors.tmp-0123456789abcdef"
+    dead.write_bytes(b"left behind")
+    others = {"b.safetensors.tmp-0123456789abcdef", "a.safetensors.tmp-mine", "a.safetensors.tmp-0123456789abcdef.txt"}
+    for name in others:
+        (tmp_path / name).touch()
+    with atomic_file.replacing(target, 0) as living:
+        assert not dead.exists()
+        atomic_file.remove_stale(target)
+        assert Path(living.name).exists()
+    assert {path.name for path in tmp_path.iterdir()} == others | {"a.safetensors"}
+
+
+JOB = """
+    import importlib, os, resource, signal, sys, types
+    for name, path in (("pack", {root!r}), ("pack.kernels", {root!r} + "/kernels")):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [path]
+    io = importlib.import_module("pack.kernels.safetensors_io")
+    header = importlib.import_module("pack.kernels.safetensors_header")
+    import torch
+    tensors = {{"a": header.TensorInfo("uint8", (1 << 20,)), "b": header.TensorInfo("uint8", (1 << 20,))}}
+    {before}
+    try:
+        with io.writing({target!r}, tensors, {{}}, overwrite=True) as writer:
+            writer.write("a", torch.zeros(1 << 20, dtype=torch.uint8))
+            {halfway}
+            writer.write("b", torch.zeros(1 << 20, dtype=torch.uint8))
+    except io.CheckpointError as error:
+        print(error)
+"""
+
+
+def run_job(target, before="pass", halfway="pass"):
+    root = str(Path(__file__).resolve().parents[2])
+    code = textwrap.dedent(JOB).format(root=root, target=str(target), before=before, halfway=halfway)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(("number", "left"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGKILL", 2)])
+def test_a_signal_half_way_leaves_the_target_as_it_was(tmp_path, number, left):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"mine")
+    done = run_job(target, halfway=f"os.kill(os.getpid(), signal.{number})")
+    assert done.returncode != 0
+    assert target.read_bytes() == b"mine"
+    assert len(list(tmp_path.iterdir())) == left
+    write_tensors(target, weights("a"), overwrite=True)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_disk_that_fills_up_half_way_leaves_the_target_as_it_was(tmp_path):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"mine")
+    done = run_job(target, before="resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 19, 3 << 19))")
+    assert done.stdout == "a.safetensors: cannot be written: File too large; nothing was changed\n", done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.safetensors": b"mine"}
+
+
+def test_a_foreign_signal_handler_is_left_alone(tmp_path):
+    done = run_job(
+        tmp_path / "a.safetensors",
+        before="signal.signal(signal.SIGTERM, lambda *_: print('theirs'))",
+        halfway="os.kill(os.getpid(), signal.SIGTERM)",
+    )
+    assert (done.stdout, done.returncode) == ("theirs\n", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
