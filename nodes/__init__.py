@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
+from .demo import StochasticFP8DemoModel
+from .inspect import StochasticFP8Inspect
 from .quantize import StochasticFP8Quantize, StochasticFP8QuantizeTextEncoder
+from .quantize_file import StochasticFP8QuantizeFile
+from .save import StochasticFP8Save
 
 NODES = [
     StochasticFP8Quantize,
     StochasticFP8QuantizeTextEncoder,
+    StochasticFP8QuantizeFile,
+    StochasticFP8Save,
+    StochasticFP8Inspect,
+    StochasticFP8DemoModel,
 ]
 
 

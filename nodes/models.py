@@ -217,3 +217,32 @@ def _carry_over(source, result, attachment: dict) -> None:
         else:
             result.object_patches[name] = patch
     result.set_attachments(ATTACHMENT, attachment)
+
+
+def diffusion_prefix(model) -> str:
+    """What the names of a diffusion model begin with in an all-in-one checkpoint of its family."""
+    (name,) = model.model.model_config.process_unet_state_dict_for_saving({"": None})
+    return name
+
+
+def text_encoder_prefix(model, network: Network) -> str:
+    """The same for an encoder; those that can be quantized keep their names behind it."""
+    (name,) = model.model.model_config.process_clip_state_dict_for_saving({network.prefix: None})
+    return name
+
+
+def plain_text_tensors(model, clip, without) -> dict[str, torch.Tensor]:
+    """A CLIP's tensors as an all-in-one checkpoint names them, less the networks in `without`."""
+    skipped = tuple(network.prefix for network in without)
+    state = {name: tensor for name, tensor in clip.get_sd().items() if torch.is_tensor(tensor)}
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(skipped)} if skipped else state
+    return model.model.model_config.process_clip_state_dict_for_saving(rest)
+
+
+def vae_tensors(model, vae) -> dict[str, torch.Tensor]:
+    return model.model.model_config.process_vae_state_dict_for_saving(vae.get_sd())
+
+
+def tokenizer_tensors(clip) -> dict[str, torch.Tensor]:
+    """Vocabularies that a text encoder's file carries along."""
+    return {name: tensor for name, tensor in clip.tokenizer.state_dict().items() if torch.is_tensor(tensor)}
