@@ -144,8 +144,8 @@ def measure(
     if not len(original):
         return ErrorStatistics(amax=amax)
     codes = codes.int()
-    values = torch.tensor(format.values, dtype=original.dtype, device=codes.device) * scale.to(original.dtype)
-    dequantized = values.index_select(0, codes)
+    values = torch.tensor(format.values, device=codes.device) * scale
+    dequantized = values.to(original.dtype).index_select(0, codes)
     error = dequantized - original
     low, high = torch.aminmax(error)
     count = len(original) if counts is None else int(counts.sum())

@@ -1,0 +1,160 @@
+"""Error statistics against numpy in float64, and the two ways of gathering them against each other."""
+
+import math
+
+import grids
+import numpy as np
+import pytest
+import torch
+from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, ErrorStatistics, dequantize_tensor, quantize_tensor
+from stochastic_fp8_pack.kernels.backends import cpu
+from stochastic_fp8_pack.kernels.error import (
+    RELATIVE_BINS,
+    STEP_BINS,
+    merge,
+    relative_bin_edges,
+    step_bin_edges,
+)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+COUNTS = ("count", "saturated", "flushed", "exact", "step_histogram", "relative_histogram", "max_error", "amax")
+SUMS = ("sum_error", "sum_squared_error", "sum_squared")
+
+
+def weights(n=200_000, dtype="float32"):
+    rng = np.random.default_rng(n)
+    values = rng.standard_normal(n) * np.exp(rng.standard_normal(n))
+    values[:50] = 0
+    return torch.from_numpy(values).to(DTYPES[dtype])
+
+
+@pytest.mark.parametrize("scaling", ["absmax", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_statistics_against_numpy(format, rounding, dtype, scaling):
+    x = weights(dtype=dtype) * (60 if scaling == "none" else 1)
+    q = quantize_tensor(x, format=format, rounding=rounding, scaling=scaling, statistics=True, key="w")
+    original, result = x.double().numpy(), dequantize_tensor(q.codes, q.scale).double().numpy()
+    error = result - original
+    assert q.error.count == len(original)
+    assert q.error.bias == pytest.approx(error.mean(), abs=1e-6 * np.abs(error).mean())
+    assert q.error.rmse == pytest.approx(math.sqrt((error**2).mean()), rel=1e-5)
+    assert q.error.relative_rmse == pytest.approx(math.sqrt((error**2).sum() / (original**2).sum()), rel=1e-5)
+    assert q.error.sqnr == pytest.approx(10 * np.log10((original**2).sum() / (error**2).sum()), abs=1e-4)
+    assert q.error.max_error == pytest.approx(np.abs(error).max(), rel=1e-6)
+    assert q.error.amax == pytest.approx(np.abs(original).max(), rel=1e-7)
+    assert q.error.saturated == ((x.float() / q.scale).abs() > grids.LARGEST[format]).sum()
+    assert q.error.flushed == ((result == 0) & (original != 0)).sum()
+    if dtype != "float64":
+        assert q.error.exact == (error.astype(np.float32) == 0).sum()
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_step_histogram_against_numpy(format, rounding):
+    x = weights()
+    q = quantize_tensor(x, format=format, rounding=rounding, statistics=True, key="w")
+    scaled = (x / q.scale).double().numpy()
+    codes = q.codes.view(torch.uint8).numpy()
+    steps = ((codes & 0x7F) - grids.position(scaled, format)) * np.where(codes > 0x7F, -1, 1)
+    expected, _ = np.histogram(steps, bins=step_bin_edges())
+    histogram = np.array(q.error.step_histogram)
+    assert histogram.sum() == len(x)
+    assert np.abs(histogram - expected).sum() <= 1e-3 * len(x), "positions are rounded to 16 bits"
+
+
+def test_relative_histogram_against_numpy():
+    x = weights()
+    q = quantize_tensor(x, statistics=True, key="w")
+    error = (dequantize_tensor(q.codes, q.scale) - x).double().abs().numpy() / q.amax
+    expected, _ = np.histogram(error[error > 0], bins=relative_bin_edges())
+    assert len(q.error.relative_histogram) == RELATIVE_BINS
+    assert sum(q.error.relative_histogram) == (error > 0).sum()
+    assert np.abs(np.array(q.error.relative_histogram) - expected).sum() <= 1e-4 * len(x)
+
+
+def test_bin_edges():
+    edges = step_bin_edges()
+    assert (len(edges), edges[0], edges[-1]) == (STEP_BINS + 1, -81 / 64, 81 / 64)
+    assert edges[40] == -edges[41]
+    assert relative_bin_edges()[:3] == [2**-32, 1.5 * 2**-32, 2**-31]
+    assert relative_bin_edges()[-1] == 1
+
+
+def test_shapes_of_the_step_histograms():
+    """Nearest is a box on [-1/2, 1/2]; stochastic a triangle on [-1, 1], with twice the squared error."""
+    x = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, 1_000_000)).float()
+    nearest, stochastic = (quantize_tensor(x, rounding=r, statistics=True).error for r in ("nearest", "stochastic"))
+    box, triangle = np.array(nearest.step_histogram) / 1e6 * 32, np.array(stochastic.step_histogram) / 1e6 * 32
+    centres = (np.arange(STEP_BINS) - STEP_BINS // 2) / 32
+    assert np.abs(box[np.abs(centres) < 0.45] - 1).max() < 0.1
+    assert box[np.abs(centres) > 0.55].sum() == 0
+    assert np.abs(triangle - np.maximum(0, 1 - np.abs(centres))).max() < 0.1
+    assert stochastic.sum_squared_error / nearest.sum_squared_error == pytest.approx(2, rel=0.02)
+    assert abs(stochastic.bias) < 5 * stochastic.rmse / 1000
+
+
+@pytest.mark.parametrize("scaling", ["absmax", "none"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_counting_gives_what_measuring_gives(monkeypatch, rounding, dtype, scaling):
+    x = weights(700_000, dtype) * (100 if scaling == "none" else 1)
+    options = {"rounding": rounding, "scaling": scaling, "statistics": True, "key": "w"}
+    counted = quantize_tensor(x, **options).error
+    monkeypatch.setattr(cpu, "COUNTING_THRESHOLD", 1 << 40)
+    measured = quantize_tensor(x, **options).error
+    for name in ("count", "saturated", "flushed", "exact", "step_histogram", "samples"):
+        assert getattr(counted, name) == getattr(measured, name), name
+    for name in SUMS:
+        magnitude = abs(measured.sum_squared_error * measured.count) ** 0.5 if name == "sum_error" else 0
+        assert getattr(counted, name) == pytest.approx(getattr(measured, name), rel=1e-5, abs=1e-6 * magnitude)
+    difference = np.abs(np.array(counted.relative_histogram) - np.array(measured.relative_histogram)).sum()
+    assert difference <= 1e-4 * counted.count
+
+
+def test_merging_the_halves_gives_the_whole():
+    x, half = weights(), 100_000
+    q = quantize_tensor(x, statistics=True, rounding="nearest")
+    parts = []
+    for part in (x[:half], x[half:]):
+        padded = torch.cat([part, x.abs().max()[None]])
+        parts.append(quantize_tensor(padded, statistics=True, rounding="nearest").error)
+    both = parts[0] + parts[1]
+    assert both.count == q.error.count + 2
+    assert both.amax == q.error.amax
+    assert sum(both.step_histogram) == both.count
+    assert both.sum_squared_error == pytest.approx(q.error.sum_squared_error, rel=1e-5)
+    assert len(both.samples) == 512
+
+
+def test_samples_are_pairs_from_the_tensor():
+    x = weights(10_000)
+    q = quantize_tensor(x, statistics=True, key="w")
+    dequantized = dequantize_tensor(q.codes, q.scale)
+    assert len(q.error.samples) == 512
+    pairs = set(zip(x.tolist(), dequantized.tolist(), strict=True))
+    assert set(q.error.samples) <= pairs
+    assert q.error.samples[0] == (x[0].item(), dequantized[0].item())
+
+
+def test_without_statistics_there_is_no_error():
+    assert quantize_tensor(torch.ones(3)).error is None
+
+
+def test_nothing_measured_is_harmless():
+    empty = ErrorStatistics()
+    assert (empty.bias, empty.rmse, empty.rms, empty.relative_rmse, empty.sqnr) == (0, 0, 0, 0, math.inf)
+    assert merge([]) == empty
+    assert quantize_tensor(torch.ones(0), statistics=True).error.count == 0
+
+
+def test_sqnr_of_noise_without_a_signal_is_minus_infinity():
+    assert ErrorStatistics(count=1, sum_squared_error=1.0).sqnr == -math.inf
+
+
+def test_statistics_survive_json():
+    import json
+
+    error = quantize_tensor(weights(5_000), statistics=True).error
+    assert ErrorStatistics.from_dict(json.loads(json.dumps(error.to_dict(), allow_nan=False))) == error
