@@ -26,7 +26,7 @@ def bracket(values, format):
 
 
 def position(values, format):
-    """The code-space position of each |value|, exact in float64 for values of up to 24 bits within the format's range."""
+    """The code-space position of each |value|, exact in float64 for in-range values of up to 24 bits."""
     below, low, high = bracket(values, format)
     return below + (np.abs(values) - low) / (high - low)
 
