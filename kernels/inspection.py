@@ -208,7 +208,7 @@ class _Inspector:
             info = self.tensors[name]
             if info.elements != 1:
                 what = f"has shape {info.shape}, where FP8 layers have one number: loading fails or the image is wrong"
-                yield Finding(ERROR, "scale_shape", name, what, "Quantize the 16-bit model again")
+                yield Finding(ERROR, "scale_shape", name, what, _QUANTIZE_AGAIN)
                 continue
             if info.dtype != "float32":
                 what = f"is {info.dtype}: every weight of the layer is off by as much as {info.dtype} rounds, and some "
@@ -225,12 +225,12 @@ class _Inspector:
             what = (
                 f"is {value:g}: the layer gives {'zeros' if value == 0 else 'garbage'} and the image is black or noise"
             )
-            yield Finding(ERROR, "scale_value", name, what, "Quantize the 16-bit model again")
+            yield Finding(ERROR, "scale_value", name, what, _QUANTIZE_AGAIN)
         elif value < SMALLEST_SCALE:
             what = (
                 f"is {value:g}, which GPUs that multiply in fp16 cannot hold exactly: the layer loses precision there"
             )
-            yield Finding(WARNING, "scale_small", name, what, "Quantize the 16-bit model again")
+            yield Finding(WARNING, "scale_small", name, what, _QUANTIZE_AGAIN)
 
     def orphans(self) -> Iterator[Finding]:
         marks = self.markings
@@ -240,20 +240,28 @@ class _Inspector:
                 state = f"is {weight.dtype}" if weight else "is not in the file"
                 what = f"is a scale, but the layer's weight {state}"
                 yield Finding(WARNING, "orphan_scale", name, what, _REPAIR, True)
-        prefixes = {layer.prefix for layer in self.layers.values()}
         bare = {layer.name.removeprefix(layer.prefix) for layer in self.layers.values()}
-        for place, entries in ((HEADER_ENTRY, marks.header), ("comfy_quant", marks.inline)):
-            for layer in entries.keys() - self.names - (bare if place == HEADER_ENTRY else set()):
-                missing = f"{layer}.weight" not in self.tensors
-                what = f"has a {place} entry but " + ("no weight" if missing else "no scaled FP8 weight: loading fails")
-                if _foreign(entries[layer]):
-                    what = f"is quantized as {entries[layer]['format']}, which is not FP8 and is not inspected"
-                    yield Finding(NOTE, "other_format", layer, what, "Nothing needs to be done")
-                else:
-                    yield Finding(WARNING if missing else ERROR, "orphan_entry", layer, what, _REPAIR, True)
-        for prefix in marks.legacy.keys() - prefixes:
+        for place, entries, known in (
+            (HEADER_ENTRY, marks.header, self.names | bare),
+            ("comfy_quant", marks.inline, self.names),
+        ):
+            for layer, entry in entries.items():
+                # An FP8 weight without its scale is told as such.
+                if layer not in known and f"{layer}.weight" not in self.fp8:
+                    yield self.orphan_entry(layer, entry, place)
+        prefixes = {layer.prefix for layer in self.layers.values()}
+        for prefix in sorted(marks.legacy.keys() - prefixes):
             what = "marks scaled layers where there are none: old versions cast every Linear weight to FP8 unscaled"
             yield Finding(WARNING, "orphan_marker", prefix + "scaled_fp8", what, _REPAIR, True)
+
+    def orphan_entry(self, layer: str, entry: object, place: str) -> Finding:
+        if _foreign(entry):
+            what = f"is quantized as {entry['format']}, which is not FP8 and is not inspected"
+            return Finding(NOTE, "other_format", layer, what, "Nothing needs to be done")
+        if f"{layer}.weight" in self.tensors:
+            what = f"has a {place} entry but its weight is not FP8: loading fails"
+            return Finding(ERROR, "orphan_entry", layer, what, _REPAIR, True)
+        return Finding(WARNING, "orphan_entry", layer, f"has a {place} entry but no weight", _REPAIR, True)
 
     def weights(self) -> Iterator[Finding]:
         for name, info in self.fp8.items():
@@ -268,8 +276,7 @@ class _Inspector:
                     what = "is quantized but belongs to no Linear layer: its scale is ignored and the image is wrong"
                     yield Finding(ERROR, "quantized_no_linear", name, what, _DEQUANTIZE, True)
             elif not scaled and self.layers:
-                what = f"is {info.dtype} without a scale in a file of scaled layers: noise, or a TypeError on loading"
-                yield Finding(ERROR, "missing_scale", name, what, "Quantize the 16-bit model again")
+                yield self.weight_without_scale(name)
             elif any(side % SIDE_MULTIPLE for side in info.shape):
                 what = f"has a side not divisible by {SIDE_MULTIPLE}: FP8 GPUs cannot multiply it and may fail"
                 yield Finding(WARNING, "odd_side", name, what, "Quantize the 16-bit model again, without this layer")
@@ -277,16 +284,26 @@ class _Inspector:
             what = "the FP8 weights have no scales: whatever was larger than the format's range or very small is lost"
             yield Finding(WARNING, "unscaled", "", what, "Quantize the 16-bit model with scales for a better image")
 
+    def weight_without_scale(self, name: str) -> Finding:
+        layer = name.removesuffix(".weight")
+        marks = self.markings
+        if layer in marks.header or layer in marks.inline or self.components.prefix_of(name) in marks.legacy:
+            what = "is marked as scaled FP8 but has no scale: noise, or a TypeError on loading"
+            return Finding(ERROR, "missing_scale", name, what, _QUANTIZE_AGAIN)
+        what = "is FP8 with neither scale nor entry in a file of scaled layers: noise, unless it was made without scale"
+        return Finding(WARNING, "unscaled_weight", name, what, _QUANTIZE_AGAIN)
+
     def codes(self) -> Iterator[Finding]:
         """Codes that are NaN or infinite: a saturating quantizer makes none."""
         for name in self.fp8:
             bad = int((~self.source.read(name).float().isfinite()).sum())
             if bad:
                 what = f"holds {bad} NaN or infinite codes: black images"
-                yield Finding(ERROR, "nan_codes", name, what, "Quantize the 16-bit model again")
+                yield Finding(ERROR, "nan_codes", name, what, _QUANTIZE_AGAIN)
 
 
 _REPAIR = "Repair rewrites it"
+_QUANTIZE_AGAIN = "Quantize the 16-bit model again"
 _DEQUANTIZE = "Repair dequantizes it; quantizing the 16-bit model again loses less"
 
 

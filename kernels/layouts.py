@@ -41,10 +41,6 @@ class ScaledLayer:
     prefix: str = ""
 
     @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
-    @property
     def entry(self) -> dict:
         """The layer's JSON in header and inline."""
         return {"format": self.format, **({FULL_PRECISION: True} if self.full_precision else {})}

@@ -38,7 +38,11 @@ def repair_file(
     with open_source(path) as source:
         refuse_same_file(source, target)
         check_target(target, overwrite)
-        broken = [f for f in inspect_source(source).findings if f.severity == ERROR and not f.repairable]
+        findings = inspect_source(source).findings
+        other = [finding for finding in findings if finding.code == "other_format"]
+        if other:
+            raise fault(source.path, f"cannot be repaired: {other[0].where} {other[0].what}")
+        broken = [finding for finding in findings if finding.severity == ERROR and not finding.repairable]
         if broken:
             raise fault(source.path, f"cannot be repaired: {broken[0]} ({len(broken)} such findings)")
         _Repair(source, layout).write(target, overwrite)

@@ -145,10 +145,10 @@ def open_source(path: str | os.PathLike) -> Source:
     path = Path(path)
     if path.name.endswith(".index.json"):
         names = sorted(set(_read_index(path).values()))
-    elif path.suffix == ".safetensors" or path.is_dir():
+    elif path.suffix == ".safetensors":
         names = [path.name]
     else:
-        raise fault(path, "does not end in .safetensors, the only kind of file that is read")
+        raise fault(path, "is no .safetensors file, the only kind that is read")
     source = Source(path, [], {}, {})
     try:
         for name in names:
@@ -253,18 +253,19 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Raises CheckpointError where no file may be written."""
     if target.suffix != ".safetensors":
         raise fault(target, "must end in .safetensors, or ComfyUI does not list it")
-    if not target.parent.is_dir():
-        raise fault(target, f"cannot be written: there is no folder {target.parent}")
-    if target.is_dir():
-        raise fault(target, "is a folder; give a file name")
-    if target.exists() and not overwrite:
-        raise fault(target, "already exists; choose another name, or ask to overwrite it")
+    with _as_checkpoint_error(target):
+        if not target.parent.is_dir():
+            raise fault(target, f"cannot be written: there is no folder {target.parent}")
+        if target.is_dir():
+            raise fault(target, "is a folder; give a file name")
+        if target.exists() and not overwrite:
+            raise fault(target, "already exists; choose another name, or ask to overwrite it")
 
 
 def refuse_same_file(source: Source, target: Path) -> None:
     """Raises CheckpointError where the target is (a link to) one of the source's files."""
-    for path in (source.path, *(file.path for file in source.files)):
-        if target.exists() and os.path.samefile(path, target):
+    with _as_checkpoint_error(target):
+        if any(target.exists() and os.path.samefile(file.path, target) for file in source.files):
             raise fault(target, "is the source itself; choose another name for the result")
 
 

@@ -1,11 +1,11 @@
 """Which layers are chosen: families by their keys, presets, patterns, and the rules that always hold."""
 
+import checkpoints
 import pytest
 import torch
 from stochastic_fp8_pack.kernels.layers import LAYERS, UnknownPatternError, compile_pattern, select_layers
 from stochastic_fp8_pack.kernels.presets import PRESETS, Components, detect_family, diffusers_model
 from stochastic_fp8_pack.kernels.safetensors_header import TensorInfo
-from unit import checkpoints
 
 
 def infos(*names, shape=(32, 16), dtype="bfloat16"):
