@@ -20,13 +20,14 @@ from .generations import EXACT, verdicts
 from .inspection import ERROR, Finding, inspect_source
 from .layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from .layouts import HEADER_ENTRY, LAYOUTS, MATMULS, Markings, ScaledLayer, read_markings, read_scale, scaled_layers
-from .presets import diffusers_model
+from .presets import TEXT_ENCODER, diffusers_model
 from .quantize import NonFiniteError, dequantize_tensor, quantize_tensor
 from .report import KeptTensor, LayerReport, Recipe, Report
 from .rounding import ROUNDINGS
 from .safetensors_header import TensorInfo
 from .safetensors_io import CheckpointError, Source, Writer, check_target, fault, open_source, refuse_same_file, writing
 from .scaling import SCALINGS, tensor_to_amax
+from .trace import trace
 from .version import VERSION
 
 log = logging.getLogger("stochastic_fp8")
@@ -112,6 +113,20 @@ def plan_file(source: str | os.PathLike, *, requantize: bool = False, **choices)
         job = _Job(opened, Recipe(**choices))
         job.check(requantize)
         return job.report({})
+
+
+def read_weights(source: str | os.PathLike, **choices) -> Iterator[tuple[str, torch.Tensor]]:
+    """(tensor key, weight) of each layer that quantize_file would quantize, each valid until the next is asked for.
+
+    choices: as plan_file's. Raises as plan_file does, and for weights that cannot be read.
+    """
+    choices |= {name: tuple(choices[name]) for name in ("keep", "only", "suffixes") if name in choices}
+    with open_source(source) as opened:
+        job = _Job(opened, Recipe(**choices))
+        job.check(requantize=True)
+        with ThreadPoolExecutor(1, "read") as reader:
+            for name, weight in zip(job.quantized, job.load_ahead(reader, job.quantized), strict=True):
+                yield job.selection.tensor_key(name), weight
 
 
 @dataclass(frozen=True)
@@ -208,17 +223,14 @@ class _Job:
 
     def _output_layers(self) -> dict[str, ScaledLayer]:
         """The scaled layers of the new file by weight name: those quantized now, and those that stay scaled."""
-        full_precision = self.recipe.matmul == "full"
-        made = {
-            name: ScaledLayer(
-                name.removesuffix(".weight"),
-                self.recipe.format,
-                full_precision,
-                self.selection.components.prefix_of(name),
-            )
-            for name in self.quantized
-        }
+        made = {name: self._output_layer(name) for name in self.quantized}
         return {**{name: layer for name, layer in self.scaled.items() if name in self.kept}, **made}
+
+    def _output_layer(self, name: str) -> ScaledLayer:
+        """Text encoders multiply in full precision anyway, and ComfyUI 0.3.75 cannot load a T5 that asks for it."""
+        component = self.selection.components.of(name)
+        full_precision = self.recipe.matmul == "full" and component.preset.kind != TEXT_ENCODER
+        return ScaledLayer(name.removesuffix(".weight"), self.recipe.format, full_precision, component.prefix)
 
     def write(
         self,
@@ -265,7 +277,7 @@ class _Job:
         nonfinite: list[NonFiniteError] = []
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as pool:
             pending = _Pending()
-            loaded = self._loaded(reader, [name for name in order if name in quantized])
+            loaded = self.load_ahead(reader, [name for name in order if name in quantized])
             for name in order:
                 key = self.selection.tensor_key(name)
                 progress(done, total, key)
@@ -288,7 +300,7 @@ class _Job:
 
     def _quantize(self, x: torch.Tensor, key: str, device, statistics: bool):
         recipe = self.recipe
-        return quantize_tensor(
+        q = quantize_tensor(
             x,
             format=recipe.format,
             rounding=recipe.rounding,
@@ -298,8 +310,11 @@ class _Job:
             statistics=statistics,
             device=device,
         )
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", trace(key, x, q, rounding=recipe.rounding, seed=recipe.seed))
+        return q
 
-    def _loaded(self, reader: ThreadPoolExecutor, names: list[str]) -> Iterator[torch.Tensor]:
+    def load_ahead(self, reader: ThreadPoolExecutor, names: list[str]) -> Iterator[torch.Tensor]:
         """Each weight, valid until the next is asked for, while that one is being read."""
         largest = max(self.source.tensors[name].nbytes for name in names)
         scratch = cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
@@ -425,4 +440,4 @@ def _no_progress(done: int, total: int, key: str) -> None:
     pass
 
 
-__all__ = ["CheckpointError", "plan_file", "quantize_file"]
+__all__ = ["CheckpointError", "plan_file", "quantize_file", "read_weights"]

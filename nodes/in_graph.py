@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from ..kernels import KeptTensor, LayerReport, NonFiniteError, Recipe, Report, quantize_tensor
-from ..kernels.layers import Selection, select_layers
+from ..kernels.layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from ..kernels.presets import TEXT_ENCODER
 from ..kernels.version import VERSION
 from .models import Part
@@ -102,12 +102,12 @@ def attachment(report: Report) -> dict:
         "source": report.source,
         "family": report.family,
         "quantized": [layer.key for layer in report.layers],
-        "kept_layers": [tensor.key for tensor in report.kept if tensor.reason != "no Linear weight"],
+        "kept_layers": [tensor.key for tensor in report.kept if tensor.reason != NO_LINEAR_WEIGHT],
     }
 
 
 def nothing_to_quantize(report: Report) -> ModelError:
-    reasons = dict.fromkeys(tensor.reason for tensor in report.kept if tensor.reason != "no Linear weight")
+    reasons = dict.fromkeys(tensor.reason for tensor in report.kept if tensor.reason != NO_LINEAR_WEIGHT)
     text = "; ".join(reasons) or "it has no Linear layers that ComfyUI could run in FP8"
     return ModelError(f"nothing to quantize in {report.source}: {text}")
 
@@ -124,7 +124,8 @@ def _quantize_weight(network: Network, name: str, recipe: Recipe, device) -> tup
         statistics=True,
     )
     home = network.patcher.offload_device
-    scaled = ScaledWeight(q.codes.to(home), q.scale.to(home), recipe.matmul == "full", _input_scale(network, name))
+    full_precision = recipe.matmul == "full" and not network.is_text_encoder
+    scaled = ScaledWeight(q.codes.to(home), q.scale.to(home), full_precision, _input_scale(network, name))
     return scaled, LayerReport(name, info.shape, info.dtype, info.nbytes, q.amax, q.scale.item(), q.error)
 
 

@@ -64,6 +64,11 @@ class Network:
         return tuple(self._names)
 
     @property
+    def is_text_encoder(self) -> bool:
+        """Text encoders multiply in full precision whatever a file says, and 0.3.75 cannot load one that says so."""
+        return self.patcher.is_clip
+
+    @property
     def linear_names(self) -> set[str]:
         """The names of the Linear modules, whatever class a quantized one has."""
         return {
@@ -167,6 +172,8 @@ class Network:
 
     def _full_precision(self, name: str, module: torch.nn.Module) -> bool:
         """Newer versions keep the choice in the module, 0.3.75 in the model's configuration (for MODELs only)."""
+        if self.is_text_encoder:
+            return False
         if hasattr(module, "_full_precision_mm_config"):
             return bool(module._full_precision_mm_config)
         layers = getattr(self._config, "layer_quant_config", None)

@@ -28,7 +28,7 @@ COLOURS = {ERROR: VERMILION, WARNING: ORANGE, NOTE: BLUE}
 MOST = 24
 """Findings shown; the text output has all of them."""
 CHARACTERS = 118
-LINE_INCHES, ENTRY_INCHES, TOP_INCHES = 0.185, 0.13, 0.85
+LINE_INCHES, ENTRY_INCHES, TOP_INCHES = 0.185, 0.13, 1.0
 LEFT_INCHES = 1.5
 
 
@@ -45,9 +45,11 @@ def inspection_sheet(inspection: Inspection, *, width: int = 1024) -> Figure:
     height = figure.get_figheight()
     y = height - TOP_INCHES
     for label, colour, text in entries:
-        figure.text(MARGIN / WIDTH_INCHES, y / height, label, color=colour, weight="bold", va="top")
-        figure.text(LEFT_INCHES / WIDTH_INCHES, y / height, "\n".join(text), color=INK, va="top", linespacing=1.3)
-        y -= len(text) * LINE_INCHES + ENTRY_INCHES
+        figure.text(MARGIN / WIDTH_INCHES, y / height, label, color=colour, weight="bold")
+        for line in text:
+            figure.text(LEFT_INCHES / WIDTH_INCHES, y / height, line, color=INK)
+            y -= LINE_INCHES
+        y -= ENTRY_INCHES
     return figure
 
 

@@ -4,10 +4,13 @@ Their sizes are constants in ComfyUI, not read off the file; every loader in the
 then builds the small ones. Real T5-XXL weights would be 10 GB.
 """
 
+import dataclasses
 import functools
+import sys
 
 import comfy.sd
 from comfy.sd1_clip import SDClipModel
+from server import PromptServer
 
 T5XXL_MARK = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 TINY_CONFIGS = {
@@ -48,3 +51,13 @@ def recognise_tiny_t5xxl():
         return detect(state_dict)
 
     comfy.sd.detect_te_model = detect_tiny
+    PromptServer.instance.add_on_prompt_handler(_tell_the_pack)
+
+
+def _tell_the_pack(prompt):
+    """The pack's own detection goes by the height too. Custom nodes load in any order, so this waits for a prompt."""
+    for name, module in list(sys.modules.items()):
+        if name.endswith("stochastic-fp8.kernels.presets"):
+            preset = module.PRESETS["t5xxl"]
+            module.PRESETS["t5xxl"] = dataclasses.replace(preset, detect=({T5XXL_MARK: None}, *preset.detect))
+    return prompt
