@@ -67,7 +67,7 @@ class Part:
                 continue
             layer = ScaledLayer(prefix + name.removesuffix(".weight"), scaled.format, scaled.full_precision)
             layers[layer.name] = layer.entry
-            state[layer.weight] = scaled.codes
+            state[prefix + name] = scaled.codes
             state[layer.name + LAYOUTS["native"].weight_scale] = scaled.scale
             if scaled.input_scale is not None:
                 state[layer.name + LAYOUTS["native"].input_scale] = scaled.input_scale

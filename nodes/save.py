@@ -47,8 +47,8 @@ class Contents:
             self.readers[prefix + name] = lambda name=name: network.stored(name).cpu()
         for name, scaled in network.scaled.items():
             layer = ScaledLayer(prefix + name.removesuffix(".weight"), scaled.format, scaled.full_precision, prefix)
-            self.layers[layer.weight] = layer
-            self.scales[layer.weight] = scaled.scale
+            self.layers[prefix + name] = layer
+            self.scales[prefix + name] = scaled.scale
             if scaled.input_scale is not None:
                 self.input_scales[layer.name] = scaled.input_scale.detach().float().reshape(())
 
