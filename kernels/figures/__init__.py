@@ -1,7 +1,18 @@
 """Reports as pictures: matplotlib Figures on the Agg canvas, the same pixels for the same report."""
 
+from .comparison import comparison_figure
 from .histogram import error_histogram
+from .image_sheet import image_sheet
 from .layer_report import layer_report
+from .rounding_curve import rounding_curve
 from .style import save_png, to_image
 
-__all__ = ["error_histogram", "layer_report", "save_png", "to_image"]
+__all__ = [
+    "comparison_figure",
+    "error_histogram",
+    "image_sheet",
+    "layer_report",
+    "rounding_curve",
+    "save_png",
+    "to_image",
+]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 WIDTH_INCHES = 10.24
 """Every figure is laid out this wide, at 100 dots an inch for 1024 pixels: a wider one is sharper, not emptier."""
 
-SMALLEST_SIDE, LARGEST_SIDE = 256, 4096
-"""Pixels of a figure's width and height."""
+NARROWEST, LARGEST_SIDE = 256, 4096
+"""Limits of a figure's width and of both its sides, in pixels."""
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7"
 """Okabe and Ito's palette: told apart with every kind of colour blindness."""
@@ -43,7 +43,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.formatter.limits": (-2, 4),
+    "axes.formatter.limits": (-3, 5),
     "grid.color": RULE,
     "grid.linewidth": 0.7,
     "xtick.color": FAINT,
@@ -74,18 +74,16 @@ def new_figure(width: int, height: int, lowest: float) -> Figure:
     """An empty figure of width x height pixels on the Agg canvas.
 
     lowest: the least height, as a share of the width, at which nothing in this figure overlaps.
-    Raises ValueError for a side outside SMALLEST_SIDE..LARGEST_SIDE, or a lower height.
+    Raises ValueError for a width outside NARROWEST..LARGEST_SIDE, or a height outside lowest * width..LARGEST_SIDE.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    for name, side in (("width", width), ("height", height)):
-        if not SMALLEST_SIDE <= side <= LARGEST_SIDE:
-            raise ValueError(f"figure {name} is {side} pixels: choose one from {SMALLEST_SIDE} to {LARGEST_SIDE}")
-    if height < lowest * width:
-        raise ValueError(
-            f"figure height is {height} pixels: a width of {width} needs {math.ceil(lowest * width)} or more"
-        )
+    if not NARROWEST <= width <= LARGEST_SIDE:
+        raise ValueError(f"figure width is {width} pixels: choose one from {NARROWEST} to {LARGEST_SIDE}")
+    least = math.ceil(lowest * width)
+    if not least <= height <= LARGEST_SIDE:
+        raise ValueError(f"figure height is {height} pixels: at a width of {width} choose {least} to {LARGEST_SIDE}")
     # A hair more than the pixels, which the canvas rounds down.
     figure = Figure(figsize=(WIDTH_INCHES, WIDTH_INCHES * (height + 1e-3) / (width + 1e-3)))
     figure.set_dpi((width + 1e-3) / WIDTH_INCHES)

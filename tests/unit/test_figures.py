@@ -19,11 +19,21 @@ from matplotlib.patches import StepPatch
 from matplotlib.text import Text
 from PIL import Image
 from reports import heavy_tailed, repeated, report_on, small_report
-from stochastic_fp8_pack.kernels import ErrorStatistics
-from stochastic_fp8_pack.kernels.figures import error_histogram, layer_report, save_png, to_image
+from stochastic_fp8_pack.kernels import ROUNDINGS, ErrorStatistics
+from stochastic_fp8_pack.kernels.comparison import compare_roundings
+from stochastic_fp8_pack.kernels.figures import (
+    comparison_figure,
+    error_histogram,
+    image_sheet,
+    layer_report,
+    rounding_curve,
+    save_png,
+    to_image,
+)
 from stochastic_fp8_pack.kernels.figures.histogram import in_numbers, in_plain_words
 from stochastic_fp8_pack.kernels.figures.layer_report import in_order_of_depth, pool, spread
 from stochastic_fp8_pack.kernels.figures.style import percent, shorten_middle, signed
+from stochastic_fp8_pack.kernels.rounding_curve import measure_rounding
 
 GOLDENS = Path(__file__).parent / "golden_figures"
 THUMBNAIL_WIDTH = 256
@@ -120,18 +130,11 @@ def assert_like_golden(figure, name):
 # --- every figure
 
 
-def test_matplotlib_is_imported_when_a_figure_is_drawn():
-    code = (
-        "import sys; sys.path.insert(0, 'tests'); import conftest, stochastic_fp8_pack.kernels.figures;"
-        "assert 'matplotlib' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=PACK_ROOT, check=True)
-
-
-def test_no_pyplot():
+def test_matplotlib_is_imported_when_a_figure_is_drawn_and_pyplot_never():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import conftest; from reports import small_report;"
         "from stochastic_fp8_pack.kernels.figures import error_histogram, to_image;"
+        "assert 'matplotlib' not in sys.modules;"
         "to_image(error_histogram(small_report())); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=PACK_ROOT, check=True)
@@ -152,7 +155,7 @@ def test_a_size_out_of_range_is_named():
 
 
 def test_a_height_at_which_texts_would_overlap_is_refused():
-    with pytest.raises(ValueError, match="height is 300 pixels: a width of 1024 needs 431 or more"):
+    with pytest.raises(ValueError, match="height is 300 pixels: at a width of 1024 choose 431 to 4096"):
         error_histogram(small_report(), height=300)
 
 
@@ -431,3 +434,132 @@ def test_layer_report_of_a_thousand_layers_is_fast():
     start = time.process_time()
     to_image(layer_report(report))
     assert time.process_time() - start < 1.5
+
+
+# --- Compare FP8 Roundings
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return compare_roundings(
+        ((f"blocks.{i}.mlp.fc1.weight", heavy_tailed(i, 64, 32)) for i in range(4)), source="made_up.safetensors"
+    )
+
+
+def test_comparison_boxes_hold_the_layers(comparison):
+    figure = comparison_figure(comparison)
+    assert_sound(figure)
+    axes = axes_of(figure, "Error of a weight, against a typical weight")
+    boxes = [patch for patch in axes.patches if patch.get_facecolor()[3] < 1]
+    assert len(boxes) == 10
+    for box, trial in zip(boxes, comparison.trials, strict=True):
+        heights = box.get_path().vertices[:, 1]
+        quartiles = np.percentile([100 * error.rmse / error.rms for error in trial.errors], (25, 75))
+        assert (heights.min(), heights.max()) == pytest.approx(tuple(quartiles))
+        rounding = round(box.get_path().vertices[:, 0].mean() - {"e4": -0.18, "e5": 0.18}[trial.format[7:9]], 1)
+        assert [label.get_text() for label in figure.axes[2].get_xticklabels()][int(rounding)] == trial.rounding
+
+
+def test_comparison_of_nothing_lost_is_sound():
+    figure = comparison_figure(compare_roundings([("a.weight", torch.zeros(4, 4))], source=LONG_NAME))
+    assert_sound(figure)
+    assert "Every rounding in both formats keeps these layers exactly." in texts(figure)
+
+
+def test_comparison_says_which_layers(comparison):
+    figure = comparison_figure(replace(comparison, total=120))
+    assert "4 of 120 layers, evenly spaced · scaling absmax · seed 0" in texts(figure)
+
+
+def test_comparison_looks_as_before(comparison):
+    assert_like_golden(comparison_figure(comparison), "comparison")
+
+
+# --- Rounding Curve
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_rounding_curve_is_sound(rounding):
+    assert_sound(rounding_curve(measure_rounding("float8_e5m2", rounding, draws=50)))
+
+
+@pytest.mark.parametrize("limits", [(-0.02, 0.03), (400, 500), (500, 600), (-1e-9, 1e-9), (-6e4, 6e4)])
+def test_rounding_curve_of_any_range_is_sound(limits):
+    assert_sound(rounding_curve(measure_rounding("float8_e4m3fn", "stochastic", *limits, draws=20)))
+
+
+def test_rounding_curve_holds_the_measurements():
+    curve = measure_rounding("float8_e4m3fn", "stochastic", draws=100)
+    figure = rounding_curve(curve)
+    dots = axes_of(figure, "Chance of rounding up").collections[0].get_offsets()
+    assert dots[:, 0].data == pytest.approx(curve.values)
+    known = ~np.isnan(curve.up)
+    assert dots[known, 1].data == pytest.approx(curve.up[known])
+    line = axes_of(figure, "Variance: the price").lines[0].get_xydata()
+    at = np.searchsorted(line[:, 0], 1.0625)
+    assert tuple(line[at]) == (1.0625, 0.25)
+
+
+def test_rounding_curve_says_whether_the_mean_is_the_value():
+    unbiased, biased = (
+        texts(rounding_curve(measure_rounding("float8_e5m2", rounding, draws=200)))
+        for rounding in ("owlshift", "nearest")
+    )
+    assert "The mean of many draws is the value itself" in unbiased
+    assert "an error that averaging cannot remove" in biased
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_rounding_curve_looks_as_before(rounding):
+    assert_like_golden(rounding_curve(measure_rounding("float8_e4m3fn", rounding)), f"rounding_curve_{rounding}")
+
+
+# --- Compare Images (A/B)
+
+
+def gradient(rows, columns):
+    ramp = np.linspace(0.2, 0.8, columns)
+    return np.broadcast_to(ramp[None, :, None], (rows, columns, 3)).copy()
+
+
+def test_image_sheet_shows_a_b_and_their_difference():
+    a = gradient(48, 64)
+    b = a.copy()
+    b[10:20, 10:20] += 0.1
+    figure = image_sheet(a, b, psnr=30, ssim=0.9, amplify=4)
+    assert_sound(figure)
+    shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["A", "B", "difference × 4"]
+    assert np.array_equal(shown[0], a)
+    assert np.array_equal(shown[1], b)
+    assert shown[2][15, 15] == pytest.approx([0.4] * 3)
+    assert not shown[2][30, 30].any()
+    assert "3.26 % of the pixels differ by more than 8 of 255 levels" in texts(figure)
+    assert "PSNR 30.0 dB · SSIM 0.9000 · mean difference 0.83 levels · largest 26 levels" in texts(figure)
+
+
+def test_image_sheet_of_equal_images_says_so():
+    figure = image_sheet(gradient(8, 8), gradient(8, 8), psnr=float("inf"), ssim=1)
+    assert "The images are identical." in texts(figure)
+    assert "PSNR infinite" in texts(figure)
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (64, 64), (256, 64)])
+def test_image_sheet_fits_any_shape(shape):
+    figure = image_sheet(gradient(*shape), gradient(*shape), psnr=1, ssim=1, width=512)
+    assert_sound(figure)
+    assert all(
+        axes.bbox.width == pytest.approx(axes.bbox.height * shape[1] / shape[0], rel=0.01) for axes in figure.axes
+    )
+
+
+def test_image_sheet_refuses_what_it_cannot_compare():
+    with pytest.raises(ValueError, match="A is 8 × 4 pixels and B 4 × 8 pixels: compare images of one size"):
+        image_sheet(gradient(4, 8), gradient(8, 4), psnr=1, ssim=1)
+    with pytest.raises(ValueError, match="images of 8 × 40 pixels are too tall for a sheet"):
+        image_sheet(gradient(40, 8), gradient(40, 8), psnr=1, ssim=1)
+
+
+def test_image_sheet_looks_as_before():
+    a = gradient(48, 64)
+    assert_like_golden(image_sheet(a, a[:, ::-1], psnr=10, ssim=0.5), "image_sheet")

@@ -1,0 +1,108 @@
+"""Compare FP8 Roundings: error beside bias for every rounding and format, as boxes over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..comparison import Comparison, Trial, describe_sample, recommend, recommend_for_sums
+from ..formats import FORMATS
+from ..rounding import ROUNDINGS
+from .style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    RULE,
+    grid_area,
+    house_style,
+    new_figure,
+    write_caption,
+    write_titles,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMAT_COLOURS = dict(zip(FORMATS, (BLUE, ORANGE), strict=True))
+BOX_WIDTH, FORMAT_GAP = 0.26, 0.36
+CHANCE = 2
+"""Standard errors within which a mean error is no bias but chance, 95 times of 100."""
+
+
+@house_style()
+def comparison_figure(comparison: Comparison, *, width: int = 1024, height: int = 832) -> Figure:
+    """Three panels over the roundings: error, mean error against chance, and the error that draws have in common."""
+    figure = new_figure(width, height, lowest=0.7)
+    area = grid_area(figure, left=0.85, right=0.35, top=1.15, bottom=1.35)
+    rmse, bias, repeating = figure.add_gridspec(3, 1, hspace=0.42, **area).subplots(sharex=True)
+    draw_boxes(rmse, comparison.trials, lambda trial: 100 * np.array(trial.relative_rmse))
+    rmse.set(ylabel="RMSE (% of RMS)")
+    rmse.set_title("Error of a weight, against a typical weight")
+    draw_boxes(bias, comparison.trials, lambda trial: np.array(trial.bias_over_chance))
+    draw_chance(bias)
+    draw_boxes(repeating, comparison.trials, lambda trial: 100 * np.array(trial.repeating))
+    repeating.set(ylabel="RMSE (% of RMS)", xlim=(-0.5, len(ROUNDINGS) - 0.5))
+    repeating.set_title("Error that every draw repeats: what no averaging removes")
+    repeating.set_xticks(range(len(ROUNDINGS)), list(ROUNDINGS), size=9.5)
+    for axes in (rmse, repeating):
+        axes.set_ylim(0, 1.3 * axes.dataLim.y1 or 1)
+    _write_legend(figure)
+    write_titles(
+        figure,
+        f"{comparison.source}: every rounding, both formats",
+        f"{describe_sample(comparison)} · scaling {comparison.scaling} · seed {comparison.seed} · "
+        "a box spans half of the layers, its whiskers all of them; numbers are medians",
+    )
+    write_caption(figure, recommend(comparison), recommend_for_sums(comparison))
+    return figure
+
+
+def draw_boxes(axes: Axes, trials: Sequence[Trial], values: Callable[[Trial], np.ndarray]) -> None:
+    """A box a trial, at its rounding, in its format's colour, with its median written above."""
+    roundings, formats = list(ROUNDINGS), list(FORMATS)
+    for trial in trials:
+        place = roundings.index(trial.rounding) + FORMAT_GAP * (formats.index(trial.format) - 0.5)
+        colour = FORMAT_COLOURS[trial.format]
+        data = values(trial)
+        axes.boxplot(
+            [data],
+            positions=[place],
+            widths=BOX_WIDTH,
+            whis=(0, 100),
+            patch_artist=True,
+            manage_ticks=False,
+            boxprops={"facecolor": colour, "alpha": 0.55, "edgecolor": colour},
+            medianprops={"color": INK, "linewidth": 1.4},
+            whiskerprops={"color": colour},
+            capprops={"color": colour},
+        )
+        label = f"{round(median(data), 2) + 0.0:g}".replace("-", "−")
+        axes.annotate(label, (place, data.max()), (0, 3), textcoords="offset points", ha="center", size=8.5)
+    axes.grid(axis="x", visible=False)
+    for boundary in range(1, len(roundings)):
+        axes.axvline(boundary - 0.5, color=RULE, linewidth=0.8)
+    axes.tick_params(axis="x", length=0)
+
+
+def draw_chance(axes: Axes) -> None:
+    """The band in which a mean error is chance."""
+    axes.axhspan(-CHANCE, CHANCE, color=GREEN, alpha=0.13, linewidth=0)
+    axes.axhline(0, color=FAINT, linewidth=0.8)
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    reach = max(abs(low), abs(high), CHANCE)
+    axes.set(ylim=(-1.2 * reach, 1.45 * reach), ylabel="bias / (RMSE / √n)")
+    axes.set_title(f"Bias of a layer: its mean error, in units of what chance gives (band: ±{CHANCE}, no bias)")
+
+
+def _write_legend(figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(facecolor=colour, alpha=0.7, label=format) for format, colour in FORMAT_COLOURS.items()]
+    height = figure.get_figheight()
+    figure.legend(handles=patches, loc="upper right", bbox_to_anchor=(0.97, 1 - 0.72 / height), ncols=2, borderpad=0)
