@@ -126,6 +126,14 @@ def relative_bin_edges() -> list[float]:
     return [2.0 ** (i // 2 - RELATIVE_OCTAVES) * (1 + i % 2 / 2) for i in range(RELATIVE_BINS + 1)]
 
 
+class Scratch:
+    """Buffers for `measure`, reused from chunk to chunk: fresh memory would cost several times the arithmetic."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        self.integers = torch.empty((2, size), dtype=torch.int32, device=device)
+        self.floats = torch.empty((3, size), dtype=dtype, device=device)
+
+
 def measure(
     original: torch.Tensor,
     codes: torch.Tensor,
@@ -134,78 +142,81 @@ def measure(
     amax: float,
     format: Float8Format,
     counts: torch.Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> ErrorStatistics:
     """The statistics, without samples, of some numbers; each counted `counts` times.
 
     original: fp32 or fp64 (n,), finite, in which the errors are computed before they are summed in fp64.
-    codes: uint8 (n,). positions: int32 (n,), the unsigned code-space positions with 16 fraction bits, unsaturated.
-    counts: int64 (n,) or None for once each.
+    codes: uint8 (n,). positions: int32 (n,), the unsigned code-space positions with 16 fraction bits, unsaturated;
+    overwritten. counts: int64 (n,) or None for once each. scratch: of original's dtype and device, n or more long.
     """
-    if not len(original):
+    n = len(original)
+    if not n:
         return ErrorStatistics(amax=amax)
-    codes = codes.int()
-    values = torch.tensor(format.values, device=codes.device) * scale
-    dequantized = values.to(original.dtype).index_select(0, codes)
-    error = dequantized - original
+    scratch = scratch or Scratch(n, original.dtype, original.device)
+    code, sign = (buffer[:n] for buffer in scratch.integers)
+    dequantized, error, terms = (buffer[:n] for buffer in scratch.floats)
+    values = (torch.tensor(format.values, device=codes.device) * scale).to(original.dtype)
+    torch.index_select(values, 0, code.copy_(codes), out=dequantized)
+    torch.sub(dequantized, original, out=error)
     low, high = torch.aminmax(error)
-    count = len(original) if counts is None else int(counts.sum())
-    changed = _count_nonzero(error, counts)
-    histogram = _joint_histogram(_step_bins(codes, positions), _relative_bins(error, amax), counts)
+    count = n if counts is None else int(counts.sum())
+    changed, nonzero, nonzero_after = (_count_nonzero(x, counts, terms) for x in (error, original, dequantized))
+    sum_error = _sum(error, counts)
+    sum_squared_error = _sum(torch.mul(error, error, out=terms), counts)
+    sum_squared = _sum(torch.mul(original, original, out=terms), counts)
+    step_bins = _step_bins(code, positions, sign)
+    beyond = positions.sub_(format.max_code << FRACTION_BITS)
+    saturated = _count_nonzero(beyond.clamp_(min=0), counts, terms) if beyond.max() > 0 else 0
+    relative_bins = _relative_bins(torch.div(error, amax or 1.0, out=terms))
+    bins = step_bins.mul_(RELATIVE_BINS).add_(relative_bins)
+    histogram = torch.bincount(bins, counts, STEP_BINS * RELATIVE_BINS).reshape(STEP_BINS, RELATIVE_BINS).long()
     relative_histogram = histogram.sum(0)
     relative_histogram[0] -= count - changed
-    beyond = (positions - (format.max_code << FRACTION_BITS)).clamp_(min=0)
     return ErrorStatistics(
         count=count,
-        sum_error=_dot(error, None, counts),
-        sum_squared_error=_dot(error, error, counts),
-        sum_squared=_dot(original, original, counts),
+        sum_error=sum_error,
+        sum_squared_error=sum_squared_error,
+        sum_squared=sum_squared,
         max_error=float(torch.maximum(-low, high)),
         amax=amax,
-        saturated=_count_nonzero(beyond, counts),
-        flushed=_count_nonzero(original, counts) - _count_nonzero(dequantized, counts),
+        saturated=saturated,
+        flushed=nonzero - nonzero_after,
         exact=count - changed,
         step_histogram=tuple(histogram.sum(1).tolist()),
         relative_histogram=tuple(relative_histogram.tolist()),
     )
 
 
-def _step_bins(codes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Bin of each error in local grid steps, int32: the distance in code space, with the value's sign."""
-    sign = (codes >> 7).mul_(-2).add_(1)
-    steps = (codes & 0x7F).bitwise_left_shift_(FRACTION_BITS).sub_(positions).mul_(sign)
+def _step_bins(code: torch.Tensor, positions: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+    """Bin of each error in local grid steps, in place of `code`: the distance in code space, with the value's sign."""
+    torch.bitwise_right_shift(code, 7, out=sign).mul_(-2).add_(1)
+    steps = code.bitwise_and_(0x7F).bitwise_left_shift_(FRACTION_BITS).sub_(positions).mul_(sign)
     middle = (STEP_BINS << STEP_BIN_BITS) // 2
     return steps.add_(middle).bitwise_right_shift_(STEP_BIN_BITS).clamp_(0, STEP_BINS - 1)
 
 
-def _relative_bins(error: torch.Tensor, amax: float) -> torch.Tensor:
-    """Bin of each |error| / amax, int32: two bins an octave are the fp32 exponent and the first mantissa bit."""
-    relative = (error / (amax or 1.0)).float().abs_()
+def _relative_bins(relative: torch.Tensor) -> torch.Tensor:
+    """Bin of each error / amax, in its place: two bins an octave are the fp32 exponent and the first mantissa bit."""
     lowest = 2 * (127 - RELATIVE_OCTAVES)
-    return relative.view(torch.int32).bitwise_right_shift_(22).sub_(lowest).clamp_(0, RELATIVE_BINS - 1)
+    bits = relative.abs_().float().view(torch.int32)
+    return bits.bitwise_right_shift_(22).sub_(lowest).clamp_(0, RELATIVE_BINS - 1)
 
 
-def _joint_histogram(rows: torch.Tensor, columns: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    bins = rows.mul_(RELATIVE_BINS).add_(columns)
-    return torch.bincount(bins, counts, STEP_BINS * RELATIVE_BINS).reshape(STEP_BINS, RELATIVE_BINS).long()
+def _sum(x: torch.Tensor, counts: torch.Tensor | None) -> float:
+    """Sum of x, each term `counts` times.
 
-
-def _dot(x: torch.Tensor, y: torch.Tensor | None, counts: torch.Tensor | None) -> float:
-    """Sum of x * y (of x where y is None), each term `counts` times.
-
-    In x's dtype: torch's pairwise summation keeps fp32 within 1e-6 of the sum of magnitudes for any chunk; chunks are
-    added in fp64.
+    Without counts in x's dtype: torch's pairwise summation keeps fp32 within 1e-6 of the sum of magnitudes for any
+    chunk, and chunks are added in fp64.
     """
-    terms = x if y is None else x * y
-    return float(terms.sum() if counts is None else terms.double() @ counts.double())
+    return float(x.sum() if counts is None else x.double() @ counts.double())
 
 
-def _count_nonzero(x: torch.Tensor, counts: torch.Tensor | None) -> int:
+def _count_nonzero(x: torch.Tensor, counts: torch.Tensor | None, scratch: torch.Tensor) -> int:
     if counts is not None:
         return int(counts[x != 0].sum())
-    # A comparison written as fp32 is several times as fast as one written as bool; its sum is exact below 2^24 terms.
-    return sum(
-        int(torch.ne(part, 0, out=torch.empty_like(part, dtype=torch.float32)).sum()) for part in x.split(1 << 23)
-    )
+    # Comparisons are several times as fast written as floats as they are as bool; fp32 counts exactly below 2^24.
+    return sum(int(part.sum()) for part in torch.ne(x, 0, out=scratch).split(1 << 23))
 
 
 def _add(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import struct
 
 import torch
 
-from ..error import ErrorStatistics, measure, merge
+from ..error import ErrorStatistics, Scratch, measure, merge
 from ..formats import Float8Format
 from ..random_bits import BLOCK, LANE, block_keys, fill_words
 from ..rounding import FP32_BIAS, FP32_MANTISSA, FRACTION_BITS, ONE, Rounding, code_positions, round_to_codes
@@ -120,16 +120,19 @@ class _MeasuringRecorder:
 
     def __init__(self, chunks: _Chunks, amax: float):
         self.chunks, self.amax, self.parts = chunks, amax, []
+        self.positions = torch.empty_like(chunks.position)
+        self.scratch = Scratch(len(chunks.position), torch.float32)
 
     def record_positions(self, source: torch.Tensor, positions: torch.Tensor) -> None:
-        if self.chunks.rounding.stochastic:
-            self.positions = positions.clone()
-        else:
-            self.positions = code_positions(source.float() / self.chunks.scale, self.chunks.format, FRACTION_BITS)
+        if not self.chunks.rounding.stochastic:
+            positions = code_positions(source.float() / self.chunks.scale, self.chunks.format, FRACTION_BITS)
+        self.positions[: len(source)].copy_(positions)
 
     def record_codes(self, source: torch.Tensor, codes: torch.Tensor) -> None:
-        original = source if source.dtype == torch.float64 else source.float()
-        self.parts.append(measure(original, codes, self.positions, self.chunks.scale, self.amax, self.chunks.format))
+        chunks, positions = self.chunks, self.positions[: len(source)]
+        self.parts.append(
+            measure(source.float(), codes, positions, chunks.scale, self.amax, chunks.format, scratch=self.scratch)
+        )
 
     def result(self) -> ErrorStatistics:
         return merge(self.parts)
