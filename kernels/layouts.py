@@ -41,6 +41,11 @@ class ScaledLayer:
     prefix: str = ""
 
     @property
+    def weight(self) -> str:
+        """The name of its codes."""
+        return f"{self.name}.weight"
+
+    @property
     def entry(self) -> dict:
         """The layer's JSON in header and inline."""
         return {"format": self.format, **({FULL_PRECISION: True} if self.full_precision else {})}
