@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
+from .compare import StochasticFP8Compare, StochasticFP8RoundingCurve
 from .demo import StochasticFP8DemoModel
+from .image_compare import StochasticFP8ImageCompare
 from .inspect import StochasticFP8Inspect
+from .preview import StochasticFP8ErrorHistogram, StochasticFP8LayerReport
 from .quantize import StochasticFP8Quantize, StochasticFP8QuantizeTextEncoder
 from .quantize_file import StochasticFP8QuantizeFile
 from .save import StochasticFP8Save
@@ -17,6 +20,11 @@ NODES = [
     StochasticFP8Save,
     StochasticFP8Inspect,
     StochasticFP8DemoModel,
+    StochasticFP8ErrorHistogram,
+    StochasticFP8LayerReport,
+    StochasticFP8Compare,
+    StochasticFP8RoundingCurve,
+    StochasticFP8ImageCompare,
 ]
 
 
