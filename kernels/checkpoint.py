@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .choices import choose
+from .error import ErrorStatistics
 from .formats import FORMATS
 from .generations import EXACT, verdicts
 from .inspection import ERROR, Finding, inspect_source
@@ -43,6 +44,9 @@ NONFINITE = {
 Progress = Callable[[int, int, str], None]
 """progress(bytes done, bytes in all, tensor key); an exception raised in it cancels the job and leaves nothing."""
 
+Observer = Callable[[int, int, ErrorStatistics | None], None]
+"""observe(layers done, layers in all, statistics of the one just done)"""
+
 
 def quantize_file(
     source: str | os.PathLike,
@@ -65,6 +69,7 @@ def quantize_file(
     statistics: bool = True,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    observe: Observer | None = None,
 ) -> Report:
     """Quantize a checkpoint file to a new scaled FP8 file, which is verified before it appears.
 
@@ -98,7 +103,9 @@ def quantize_file(
         job.check(requantize)
         if nonfinite == "keep":
             job.keep_nonfinite()
-        results = job.write(target, overwrite, device, statistics, metadata or {}, progress or _no_progress)
+        results = job.write(
+            target, overwrite, device, statistics, metadata or {}, progress or _no_progress, observe or _no_progress
+        )
         log.info("%s: %d layers quantized to %s, %d tensors kept", target, len(results), format, len(job.kept))
         return job.report(results)
 
@@ -240,6 +247,7 @@ class _Job:
         statistics: bool,
         metadata: Mapping[str, str],
         progress: Progress,
+        observe: Observer,
     ) -> dict[str, _Result]:
         layout = LAYOUTS[self.recipe.layout]
         layers = self._output_layers()
@@ -263,11 +271,11 @@ class _Job:
             for name, tensor in constants.items():
                 writer.write(name, tensor)
             scale_names = {weight: scale for scale, weight in scales.items()}
-            results = self._stream(writer, copies, scale_names, device, statistics, progress)
+            results = self._stream(writer, copies, scale_names, device, statistics, progress, observe)
             self._verify(writer, target)
         return results
 
-    def _stream(self, writer, copies, scale_names, device, statistics, progress) -> dict[str, _Result]:
+    def _stream(self, writer, copies, scale_names, device, statistics, progress, observe) -> dict[str, _Result]:
         """The pass: while one tensor is rounded, the next is read and the one before is written."""
         quantized = set(self.quantized)
         order = [name for name in writer.order if name in quantized or name in copies]
@@ -291,6 +299,7 @@ class _Job:
                     nonfinite.append(error)
                     continue
                 results[name] = _Result(q.amax, q.scale.item(), q.error)
+                observe(len(results), len(quantized), q.error)
                 pending.wait_then(pool, _write_layer, writer, name, q.codes, scale_names[name], q.scale)
             pending.wait()
         if nonfinite:
@@ -436,7 +445,7 @@ def _nonfinite_text(errors: list[NonFiniteError]) -> str:
     return f"holds values that are not finite: {tensors}; nonfinite 'keep' leaves these tensors as they are"
 
 
-def _no_progress(done: int, total: int, key: str) -> None:
+def _no_progress(done: int, total: int, what: object) -> None:
     pass
 
 

@@ -52,6 +52,7 @@ def quantize_network(
         try:
             weights[name], layer = _quantize_weight(network, name, recipe, device)
             layers.append(layer)
+            progress.observe(len(layers), len(selection.quantize), layer.error)
         except NonFiniteError as error:
             nonfinite.append(error)
     progress(total, total, "")

@@ -1,9 +1,12 @@
-"""The progress bar of a long job, which a user can cancel between two tensors."""
+"""The progress bar and the live panel of a long job, which a user can cancel between two tensors."""
 
 from __future__ import annotations
 
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
+
+from ..kernels import ErrorStatistics
+from .live import LiveJob
 
 STEPS = 1000
 """ComfyUI sends one message a step: enough for a smooth bar, few enough not to slow the job."""
@@ -15,6 +18,7 @@ class Progress:
     def __init__(self) -> None:
         self._bar = ProgressBar(STEPS)
         self._shown = -1
+        self._live = LiveJob()
 
     def __call__(self, done: int, total: int, key: str) -> None:
         throw_exception_if_processing_interrupted()
@@ -22,3 +26,8 @@ class Progress:
         if step != self._shown:
             self._bar.update_absolute(step)
             self._shown = step
+        self._live.tensor(done, total, key)
+
+    def observe(self, done: int, total: int, error: ErrorStatistics | None) -> None:
+        """Layers done, layers in all, and the statistics of the last one."""
+        self._live.layer(done, total, error)

@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from . import in_graph, models
+from .live import summary_output
 from .options import device_input, layer_inputs, matmul_input, nonfinite_input, recipe, rounding_inputs
 from .schema import CATEGORY, FP8Report, fit
 
@@ -58,7 +59,8 @@ class StochasticFP8Quantize(io.ComfyNode):
         if not report.layers:
             raise in_graph.nothing_to_quantize(report)
         _log(report)
-        return io.NodeOutput(models.load_quantized_model(model, part, in_graph.attachment(report)), report)
+        quantized = models.load_quantized_model(model, part, in_graph.attachment(report))
+        return io.NodeOutput(quantized, report, ui=summary_output(report))
 
 
 class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
@@ -106,8 +108,9 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
         report = in_graph.join_reports(reports, type(clip.cond_stage_model).__name__)
         _log(report)
         if not report.layers:
-            return io.NodeOutput(clip, report)
-        return io.NodeOutput(models.load_quantized_clip(clip, parts, in_graph.attachment(report)), report)
+            return io.NodeOutput(clip, report, ui=summary_output(report))
+        quantized = models.load_quantized_clip(clip, parts, in_graph.attachment(report))
+        return io.NodeOutput(quantized, report, ui=summary_output(report))
 
 
 def _log(report) -> None:

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..kernels.checkpoint import quantize_file
 from .files import find_source, fingerprint, list_sources, loader_name, target_path, workflow_metadata
+from .live import summary_output
 from .options import (
     device_input,
     layer_inputs,
@@ -70,6 +71,7 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
     def execute(cls, file, filename_prefix, overwrite, requantize, device="auto", **choices):
         kind, source = find_source(file)
         target = target_path(kind, filename_prefix, overwrite)
+        progress = Progress()
         report = quantize_file(
             source,
             target,
@@ -78,12 +80,13 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
             overwrite=overwrite,
             device=comfy.model_management.get_torch_device() if device == "auto" else device,
             metadata=workflow_metadata(cls.hidden),
-            progress=Progress(),
+            progress=progress,
+            observe=progress.observe,
         )
         for note in report.notes:
             log.info("%s", note)
         name = loader_name(kind, target)
-        return io.NodeOutput(name, report, ui=ui.PreviewText(name))
+        return io.NodeOutput(name, report, ui={**ui.PreviewText(name).as_dict(), **summary_output(report)})
 
 
 _PREFIX_TOOLTIP = "The new file's name; a number is counted up unless overwrite is on."
