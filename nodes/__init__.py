@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from .compare import StochasticFP8Compare, StochasticFP8RoundingCurve
 from . import routes  # noqa: F401 - answers what the page asks
+from .compare import StochasticFP8Compare, StochasticFP8RoundingCurve
 from .demo import StochasticFP8DemoModel
 from .image_compare import StochasticFP8ImageCompare
 from .inspect import StochasticFP8Inspect

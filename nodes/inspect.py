@@ -6,9 +6,11 @@ import logging
 
 from comfy_api.latest import io, ui
 
+from ..kernels.figures.inspection import inspection_sheet
 from ..kernels.inspection import inspect_file
 from ..kernels.repair import repair_file
 from .files import find_source, fingerprint, list_sources, loader_name, target_path
+from .pictures import draw_image
 from .schema import CATEGORY, fit
 
 log = logging.getLogger("stochastic_fp8")
@@ -50,16 +52,13 @@ class StochasticFP8Inspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, deep, repair, filename_prefix):
-        from ..kernels.figures import to_image
-        from ..kernels.figures.inspection import inspection_sheet
-
         kind, path = find_source(file)
         inspection = inspect_file(path, deep=deep)
         text = inspection.summary
         if repair:
             text += "\n\n" + _repair(kind, path, inspection, filename_prefix)
         log.info("%s", text)
-        image = to_image(inspection_sheet(inspection))
+        image = draw_image(lambda: inspection_sheet(inspection))
         return io.NodeOutput(text, image, inspection.ok, ui=ui.PreviewText(text))
 
 

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
 from ..kernels.checkpoint import NONFINITE
+from ..kernels.choices import choose
 from ..kernels.layers import LAYERS
 from ..kernels.layouts import LAYOUTS, MATMULS
 from .schema import fit
@@ -17,6 +18,15 @@ MATMUL_NAMES = {"full precision": "full", "fp8": "fp8"}
 """What the nodes call the library's MATMULS."""
 
 LARGEST_SEED = 2**64 - 1
+
+_TABLES = {
+    "format": FORMATS,
+    "rounding": ROUNDINGS,
+    "scaling": SCALINGS,
+    "layers": LAYERS,
+    "layout": LAYOUTS,
+    "nonfinite": NONFINITE,
+}
 
 _FORMAT_TOOLTIP = (
     "E4M3 keeps finer detail and is right for almost every model. E5M2 is coarser (more grain in the image) but holds "
@@ -132,5 +142,11 @@ def patterns(text: str) -> tuple[str, ...]:
 
 
 def recipe(*, keep: str = "", only: str = "", matmul: str = "full precision", **choices) -> Recipe:
-    """The Recipe that a node's inputs stand for."""
-    return Recipe(keep=patterns(keep), only=patterns(only), matmul=MATMUL_NAMES[matmul], **choices)
+    """The Recipe that a node's inputs stand for.
+
+    Raises ValueError naming the valid choices: ComfyUI lets anything through that arrives over a wire.
+    """
+    for name, choice in choices.items():
+        if name in _TABLES:
+            choose(_TABLES[name], choice, name)
+    return Recipe(keep=patterns(keep), only=patterns(only), matmul=choose(MATMUL_NAMES, matmul, "matmul"), **choices)

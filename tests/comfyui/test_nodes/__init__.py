@@ -10,6 +10,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from safetensors.torch import load_file, save_file
 
+from .models import NODES as MODEL_NODES
 from .text_encoders import recognise_tiny_t5xxl, shrink_text_encoders
 
 shrink_text_encoders()
@@ -197,5 +198,6 @@ _NODES = (
     ModelInfo,
     Wait,
     Fail,
+    *MODEL_NODES,
 )
 NODE_CLASS_MAPPINGS = {f"Test{node.__name__}": node for node in _NODES}

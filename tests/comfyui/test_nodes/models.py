@@ -1,0 +1,108 @@
+"""Test-only nodes that look into a MODEL, or make one that the pack must refuse or carry over."""
+
+import hashlib
+import json
+
+import torch
+
+
+class ModelDigest:
+    """One hash over the names and the bytes of all weights, codes and scales of a MODEL."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "digest"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}, "optional": {"after": ("*", {"forceInput": True})}}
+
+    def digest(self, model, after=None):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.model.diffusion_model.state_dict().items()):
+            plain = getattr(tensor, "_qdata", tensor).detach().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(name.encode() + plain.cpu().numpy().tobytes())
+        return {"ui": {"text": [json.dumps(digest.hexdigest())]}}
+
+
+class ForeignModel:
+    """A copy of a MODEL whose Linear weights are of a tensor class of their own, as GGUF loaders make them."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        for module in model.model.diffusion_model.modules():
+            if hasattr(module, "in_features"):
+                weight = module.weight.detach().clone().as_subclass(GGMLTensor)
+                del module._parameters["weight"]
+                module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return (model,)
+
+
+class GGMLTensor(torch.Tensor):
+    """Stands for the class of the same name in GGUF packs."""
+
+
+class UnlinearModel:
+    """A MODEL without a single Linear layer that FP8 could take: every one is another class now."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        for module in model.model.diffusion_model.modules():
+            if hasattr(module, "in_features"):
+                del module.in_features
+        return (model,)
+
+
+class HalvingModel:
+    """A MODEL that halves what its network predicts, through each of the ways a patcher offers beside weights."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    WAYS = ("model_options", "wrapper", "object_patch")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "way": (cls.WAYS,)}}
+
+    def patch(self, model, way):
+        patched = model.clone()
+        if way == "model_options":
+            patched.set_model_unet_function_wrapper(
+                lambda apply, given: apply(given["input"], given["timestep"], **given["c"]) / 2
+            )
+        elif way == "wrapper":
+            patched.add_wrapper(
+                "apply_model", lambda executor, *arguments, **options: executor(*arguments, **options) / 2
+            )
+        else:
+            extra_conds = model.model.extra_conds
+            patched.add_object_patch(
+                "extra_conds", lambda **given: {**extra_conds(**given), **_half_context(extra_conds, given)}
+            )
+        return (patched,)
+
+
+def _half_context(extra_conds, given):
+    conds = extra_conds(**given)
+    context = conds["c_crossattn"]
+    context.cond = context.cond / 2
+    return {"c_crossattn": context}
+
+
+NODES = (ModelDigest, ForeignModel, UnlinearModel, HalvingModel)
