@@ -148,7 +148,7 @@ def _progress(options: argparse.Namespace, unit: str = "B") -> Iterator[Callable
                 bar = stack.enter_context(
                     tqdm(total=total, unit=unit, unit_scale=unit == "B", disable=options.debug, leave=False)
                 )
-            bar.set_postfix_str(key, refresh=False)
+            bar.set_postfix_str(key, refresh=not done)
             bar.update(done - bar.n)
 
         yield progress

@@ -22,7 +22,7 @@ def summary(report: Report, target: str, seconds: float) -> str:
         f"{report.source} -> {target} in {seconds:.1f} s",
         *_table([*_facts(report), ("error", *describe_error(error))]),
         "",
-        f"the {min(WORST, len(report.layers))} layers with the lowest SQNR",
+        "the layers with the lowest SQNR",
         *_table([layer.key, *describe_error(layer.error)] for layer in report.worst(WORST)),
         *_notes(report),
     ]
@@ -46,7 +46,7 @@ def plan(report: Report, target: str) -> str:
 
 def comparison_table(comparison: Comparison) -> str:
     """A row a format and rounding, over the values of all layers."""
-    heads = ("format", "rounding", "RMSE", "bias", "bias by chance", "SQNR", "flushed")
+    heads = ("format", "rounding", "RMSE", "bias", "bias by chance", "quality", "flushed")
     rows = [
         (
             trial.format,
@@ -54,7 +54,7 @@ def comparison_table(comparison: Comparison) -> str:
             f"{error.rmse:.3e}",
             f"{error.bias:+.2e}",
             f"±{_chance(error):.2e}",
-            _decibels(error.sqnr),
+            _quality(error),
             _share(error.flushed, error.count),
         )
         for trial, error in _merged(comparison)
@@ -104,7 +104,7 @@ def report_data(report: Report) -> dict:
 
 def describe_error(error: ErrorStatistics) -> tuple[str, ...]:
     return (
-        f"SQNR {_decibels(error.sqnr)}",
+        _quality(error),
         f"bias {error.bias:+.1e}",
         f"saturated {_share(error.saturated, error.count)}",
         f"flushed {_share(error.flushed, error.count)}",
@@ -134,12 +134,12 @@ def _chance(error: ErrorStatistics) -> float:
     return error.rmse / math.sqrt(error.count) if error.count else 0.0
 
 
-def _decibels(sqnr: float) -> str:
-    return f"{sqnr:.2f} dB" if math.isfinite(sqnr) else "lossless"
+def _quality(error: ErrorStatistics) -> str:
+    return f"SQNR {error.sqnr:.2f} dB" if math.isfinite(error.sqnr) else "lossless"
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2g} %" if part else "0"
+    return f"{100 * part / whole:.3g} %" if part else "0"
 
 
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -1,0 +1,622 @@
+"""The headless command: every flag, what it says, and how it ends."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import entry, raw_file, sd3, weights
+from conftest import PACK_ROOT
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from stochastic_fp8_pack.kernels.checkpoint import quantize_file
+from stochastic_fp8_pack.kernels.command import main as command
+from stochastic_fp8_pack.kernels.command.plots import file_name, thin_samples
+from tiny_models import LANDSCAPES
+
+QKV = "joint_blocks.0.x_block.attn.qkv.weight"
+QUANTIZED = 8  # of the made-up SD3: two blocks of four
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.safetensors"
+    save_file(sd3(), path)
+    return path
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "out.safetensors"
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        try:
+            code = command.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def recipe_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["stochastic_fp8"])
+
+
+def one_line(text):
+    """The error, after whatever the progress bar drew and wiped."""
+    line = text.rsplit("\r", 1)[-1]
+    assert line.startswith("error: "), text
+    assert line.count("\n") == 1 and line.endswith("\n"), text
+    assert "Traceback" not in text
+    return line
+
+
+# --- as a program
+
+
+def python_m_kernels(folder, *arguments):
+    command = [sys.executable, "-m", "kernels", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_the_pack_folder_runs_under_any_name(source, target, tmp_path):
+    folder = tmp_path / "Some other-name"
+    folder.symlink_to(PACK_ROOT)
+    done = python_m_kernels(folder, source, target)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert "8 tensors quantized, 6 kept" in done.stdout
+    assert load_file(target)[QKV].dtype == torch.float8_e4m3fn
+
+
+def test_it_ends_with_one_line_and_exit_code_1(target, tmp_path):
+    done = python_m_kernels(PACK_ROOT, tmp_path / "missing.safetensors", target)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: missing.safetensors: cannot be opened: No such file or directory\n"
+
+
+def test_it_ends_with_one_line_and_exit_code_2():
+    done = python_m_kernels(PACK_ROOT, "--fp8_type", "e9m9", "in.safetensors", "out.safetensors")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "argument --fp8_type: invalid choice: 'e9m9'" in one_line(done.stderr)
+
+
+# --- quantize: the flags
+
+
+def test_nothing_said_means_stochastic_e4m3_absmax_native(run, source, target, tmp_path):
+    assert run(source, target)[0] == 0
+    defaults = tmp_path / "defaults.safetensors"
+    quantize_file(source, defaults)
+    assert target.read_bytes() == defaults.read_bytes()
+    recipe = recipe_of(target)
+    assert (recipe["format"], recipe["rounding"]) == ("float8_e4m3fn", "stochastic")
+    assert (recipe["scaling"], recipe["layout"], recipe["seed"]) == ("absmax", "native", 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "entry", "value"),
+    [
+        (["--fp8_type", "e4m3"], "format", "float8_e4m3fn"),
+        (["--fp8_type", "e5m2"], "format", "float8_e5m2"),
+        (["--stochastic"], "rounding", "stochastic"),
+        (["--owlshift"], "rounding", "owlshift"),
+        (["--complex_rounding"], "rounding", "complex_neighbor"),
+        (["--shifturb"], "rounding", "shift_perturb"),
+        (["--nearest"], "rounding", "nearest"),
+        (["--absmax"], "scaling", "absmax"),
+        (["--owlscale"], "scaling", "owlscale"),
+        (["--no-scale"], "scaling", "none"),
+        (["--seed", "123456789012345678"], "seed", 123456789012345678),
+        (["--preset", "all_linear"], "layers", "all_linear"),
+        (["--keep", "joint_blocks.0", "mlp.fc2"], "keep", ["joint_blocks.0", "mlp.fc2"]),
+        (["--only", "x_block"], "only", ["x_block"]),
+        (["--keys_to_quantize_suffix", "qkv.weight", "fc1.weight"], "suffixes", ["qkv.weight", "fc1.weight"]),
+        (["--layout", "legacy"], "layout", "legacy"),
+        (["--matmul", "fp8"], "matmul", "fp8"),
+        (["--nonfinite", "keep"], "nonfinite", "keep"),
+    ],
+)
+def test_every_choice_reaches_the_file(run, source, target, flags, entry, value):
+    code, _, errors = run(source, target, *flags)
+    assert code == 0, errors
+    assert recipe_of(target)[entry] == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "quantized"),
+    [
+        (["--preset", "all_linear"], 12),
+        (["--preset", "sd3"], 8),
+        (["--keep", "joint_blocks.0"], 4),
+        (["--only", "context_block"], 2),
+        (["--keys_to_quantize_suffix", "fc1.weight"], 2),
+    ],
+)
+def test_the_layers_asked_for_are_quantized(run, source, target, flags, quantized):
+    run(source, target, *flags)
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in load_file(target).values()) == quantized
+
+
+def test_an_existing_file_is_replaced_only_on_request(run, source, target):
+    target.write_bytes(b"precious")
+    code, _, errors = run(source, target)
+    assert (code, target.read_bytes()) == (1, b"precious")
+    assert "out.safetensors: already exists" in one_line(errors)
+    assert run(source, target, "--overwrite")[0] == 0
+    assert QKV in load_file(target)
+
+
+def test_the_same_format_again_only_on_request(run, source, target, tmp_path):
+    run(source, target)
+    again = tmp_path / "again.safetensors"
+    code, _, errors = run(target, again)
+    assert (code, again.exists()) == (1, False)
+    assert "8 layers are already float8_e4m3fn" in one_line(errors)
+    assert run(target, again, "--requantize")[0] == 0
+    assert again.exists()
+
+
+def test_weights_that_are_not_finite_stop_the_job_or_are_kept(run, tmp_path, target):
+    tensors = sd3()
+    tensors[QKV][3, 5], tensors[QKV][4, 6] = torch.nan, torch.inf
+    save_file(tensors, tmp_path / "nan.safetensors")
+    code, _, errors = run(tmp_path / "nan.safetensors", target)
+    assert (code, target.exists()) == (1, False)
+    assert f"{QKV} (1 NaN, 1 infinite)" in one_line(errors)
+    assert run(tmp_path / "nan.safetensors", target, "--nonfinite", "keep")[0] == 0
+    assert load_file(target)[QKV].dtype == torch.bfloat16
+
+
+def test_the_device_is_taken(run, source, target, tmp_path):
+    assert run(source, target, "--device", "cpu")[0] == 0
+    run(source, tmp_path / "automatic.safetensors")
+    assert target.read_bytes() == (tmp_path / "automatic.safetensors").read_bytes()
+
+
+# --- quantize: what it says
+
+
+def test_the_summary(run, tmp_path, target):
+    """Values that FP8 holds exactly, in one layer, so that every figure is known beforehand."""
+    exact = torch.tensor([1.0, -2.0, 3.5, 448.0]).repeat(16, 8)
+    save_file({"joint_blocks.0.x_block.mlp.fc1.weight": exact}, tmp_path / "exact.safetensors")
+    code, text, _ = run(tmp_path / "exact.safetensors", target, "--preset", "all_linear")
+    assert code == 0
+    for line in (
+        "  recipe  float8_e4m3fn, stochastic, absmax, seed 0, layout native",
+        "  layers  1 tensor quantized, 0 kept",
+        "  size    2.05 kB -> 516 bytes (-75%)",
+        "  error   lossless  bias +0.0e+00  saturated 0  flushed 0",
+        "the layers with the lowest SQNR",
+        "  joint_blocks.0.x_block.mlp.fc1.weight  lossless  bias +0.0e+00  saturated 0  flushed 0",
+    ):
+        assert line in text.splitlines(), text
+
+
+def test_the_summary_names_the_worst_five_and_what_was_lost(run, tmp_path, target):
+    tensors = weights(*(f"blocks.{i}.linear.weight" for i in range(7)), shape=(16, 16))
+    tensors["blocks.3.linear.weight"] = torch.full((16, 16), 1000.0)
+    tensors["blocks.5.linear.weight"] = torch.full((16, 16), 1e-5)
+    save_file(tensors, tmp_path / "in.safetensors")
+    _, text, _ = run(tmp_path / "in.safetensors", target, "--no-scale", "--nearest", "--preset", "all_linear")
+    worst = text.split("lowest SQNR\n")[1].splitlines()[:5]
+    assert worst[0].split() == [
+        "blocks.5.linear.weight",
+        *("SQNR", "0.00", "dB", "bias", "-1.0e-05", "saturated", "0", "flushed", "100", "%"),
+    ]
+    assert worst[1].split() == [
+        "blocks.3.linear.weight",
+        *("SQNR", "5.16", "dB", "bias", "-5.5e+02", "saturated", "100", "%", "flushed", "0"),
+    ]
+    assert len([line for line in worst if line.startswith("  blocks.")]) == 5
+
+
+def test_json_is_the_report_and_nothing_else(run, source, target):
+    code, text, _ = run(source, target, "--json", "--nearest")
+    data = json.loads(text, parse_constant=pytest.fail)
+    assert code == 0
+    assert (data["bytes_before"], data["bytes_after"]) == (
+        sum(tensor.nbytes for tensor in load_file(source).values()),
+        sum(tensor.nbytes for key, tensor in load_file(target).items() if not key.endswith(".comfy_quant")),
+    )
+    assert data["recipe"]["rounding"] == "nearest"
+    assert len(data["layers"]) == QUANTIZED
+    assert data["error"]["count"] == QUANTIZED * 512
+    assert data["error"]["sqnr"] == pytest.approx(31.5, abs=0.5)
+
+
+def test_json_has_no_infinity_where_nothing_is_lost(run, tmp_path, target):
+    save_file({"blocks.0.linear.weight": torch.ones(16, 16)}, tmp_path / "in.safetensors")
+    _, text, _ = run(tmp_path / "in.safetensors", target, "--preset", "all_linear", "--json")
+    assert json.loads(text, parse_constant=pytest.fail)["error"]["sqnr"] is None
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(run, source, target, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    code, text, _ = run(source, target, "--dry-run", "--keep", "joint_blocks.1")
+    assert code == 0
+    assert "  layers  4 tensors quantized, 10 kept" in text.splitlines()
+    assert "  5  kept by pattern 'joint_blocks.1'" in text.splitlines()
+    assert "  1  adaLN_modulation" in text.splitlines()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dry_run_as_json(run, source, target):
+    code, text, _ = run(source, target, "--dry-run", "--json")
+    data = json.loads(text)
+    assert (code, data["error"], len(data["layers"])) == (0, None, QUANTIZED)
+    assert data["bytes_before"] - data["bytes_after"] == QUANTIZED * (512 - 4)
+
+
+def test_progress_shows_the_tensor_and_the_speed(run, source, target):
+    _, _, errors = run(source, target)
+    assert "B/s" in errors
+    assert any(key in errors for key in sd3())
+
+
+def test_notes_are_told(run, source, target):
+    _, text, _ = run(source, target, "--fp8_type", "e5m2")
+    assert "note: ComfyUI 0.3.75: fails to load; it knows no float8_e5m2 entry (KeyError)" in text.splitlines()
+
+
+# --- quantize: figures
+
+
+def test_plots_show_all_layers_and_the_worst(run, source, target, tmp_path):
+    folder = tmp_path / "made" / "figures"
+    code, _, errors = run(source, target, "--plot", "--plot_dir", folder, "--plot_max_tensors", 2)
+    assert code == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[:2] == ["all_layers.png", "layer_by_layer.png"]
+    assert [name[:21] for name in names[2:]] == ["worst_01_joint_blocks", "worst_02_joint_blocks"]
+    assert all(f"drawn: {folder / name}" in errors for name in names)
+    for name in names:
+        with Image.open(folder / name) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        assert pixels.shape[1] == 1024
+        assert (pixels[:8] == 255).all(), "the margin is white"
+        assert 0.02 < (pixels != 255).any(axis=2).mean() < 0.95, "something is drawn, and not all over"
+
+
+def test_plots_lie_beside_the_file_by_default(run, source, target, tmp_path):
+    assert run(source, target, "--plot", "--plot_max_tensors", 0)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out_plots").iterdir()) == ["all_layers.png", "layer_by_layer.png"]
+
+
+@pytest.mark.parametrize("total", [0, 1, 5, 100, 10**6])
+def test_the_sample_size_bounds_the_dots(source, target, total):
+    report = quantize_file(source, target)
+    thinned = thin_samples(report, report.layers, total)
+    assert sum(len(layer.error.samples) for layer in thinned.layers) == min(total, QUANTIZED * 512)
+    first = thinned.layers[-1].error.samples[:1]
+    assert first == report.layers[-1].error.samples[: len(first)]
+
+
+def test_figure_names_suit_every_file_system():
+    assert file_name("blocks.0/attn:qkv*?.weight") == "blocks.0_attn_qkv__.weight"
+    assert len(file_name("x" * 5000)) == 150
+
+
+def test_without_matplotlib_the_job_does_not_begin(run, source, target, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, errors = run(source, target, "--plot")
+    assert (code, target.exists()) == (1, False)
+    assert one_line(errors) == "error: the Python package matplotlib is missing: pip install matplotlib\n"
+
+
+# --- quantize: the trace
+
+
+def test_debug_traces_range_scale_bracket_and_decision(run, tmp_path, target):
+    values = torch.zeros(16, 16)
+    values.view(-1)[::64] = torch.tensor([1.1015625, -300.0, 1000.0, 2.0**-10])
+    save_file({"blocks.0.linear.weight": values.bfloat16()}, tmp_path / "in.safetensors")
+    arguments = ("--preset", "all_linear", "--no-scale", "--nearest", "--debug")
+    code, _, errors = run(tmp_path / "in.safetensors", target, *arguments)
+    assert code == 0
+    assert errors.splitlines()[:-1] == [
+        "blocks.0.linear.weight: bfloat16 (16, 16), -300 to 1000, amax 1000, scale 1",
+        "  [0] 1.10156 / scale = 1.10156: between 1 and 1.125, 0.8125 of the way, nearest: "
+        "away from zero -> 0x39 = 1.125",
+        "  [64] -300 / scale = -300: between -288 and -320, 0.3750 of the way, nearest: towards zero -> 0xf9 = -288",
+        "  [128] 1000 / scale = 1000: at or beyond the largest value -> 0x7e = 448",
+        "  [192] 0.000976562 / scale = 0.000976562: between 0 and 0.00195312, 0.5000 of the way, nearest: "
+        "towards zero -> 0x00 = 0",
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--stochastic", "--owlshift", "--complex_rounding", "--shifturb"])
+@pytest.mark.parametrize("fp8_type", ["e4m3", "e5m2"])
+def test_the_traced_draw_explains_the_code(run, source, target, flag, fp8_type):
+    _, _, errors = run(source, target, "--debug", flag, "--fp8_type", fp8_type)
+    decisions = [line for line in errors.splitlines() if "with the draw" in line]
+    assert len(decisions) > 20
+    for line in decisions:
+        assert ("at least 1" in line) == ("away from zero" in line), line
+    assert {"at least 1" in line for line in decisions} == {True, False}
+
+
+def test_debug_shows_where_an_error_comes_from(run, target, tmp_path):
+    code, _, errors = run(tmp_path / "missing.safetensors", target, "--debug")
+    assert code == 1
+    assert errors.startswith("Traceback")
+    assert errors.splitlines()[-1] == "error: missing.safetensors: cannot be opened: No such file or directory"
+
+
+# --- ends
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: IN, OUT"),
+        (["in.safetensors"], "required: OUT"),
+        (["in", "out", "--owlshift", "--nearest"], "--nearest: not allowed with argument --owlshift"),
+        (["in", "out", "--absmax", "--no-scale"], "--no-scale: not allowed with argument --absmax"),
+        (["in", "out", "--seed", "-1"], "--seed: -1 is negative"),
+        (["in", "out", "--seed", "many"], "--seed: invalid whole number value: 'many'"),
+        (
+            ["in", "out", "--preset", "flax"],
+            "--preset: invalid choice: 'flax' (choose from 'auto', 'all_linear', 'flux'",
+        ),
+        (["in", "out", "--layout", "new"], "--layout: invalid choice: 'new' (choose from 'native', 'legacy')"),
+        (["in", "out", "--device", "abacus"], "--device: there is no device 'abacus' here"),
+        (["in", "out", "--device", "cuda:77"], "--device: there is no device 'cuda:77' here"),
+        (["in", "out", "--dry-run", "--plot"], "--plot draws what quantizing did: it cannot go with --dry-run"),
+        (["in", "out", "--over"], "unrecognized arguments: --over"),
+        (["inspect"], "required: FILE"),
+        (["compare", "in", "--fp8_type", "e4m3"], "unrecognized arguments: --fp8_type"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(run, arguments, message):
+    code, text, errors = run(*arguments)
+    assert (code, text) == (2, "")
+    assert message in one_line(errors)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keep", "joint_blokcs"], "pattern 'joint_blokcs' matches no tensor; did you mean joint_blocks"),
+        (["--only", "a..b"], "'a..b' is no pattern"),
+        (["--seed", str(2**64)], "seed 18446744073709551616 is out of range"),
+    ],
+)
+def test_a_choice_that_does_not_fit_the_file_is_exit_code_2(run, source, target, flags, message):
+    code, _, errors = run(source, target, *flags)
+    assert (code, target.exists()) == (2, False)
+    assert message in one_line(errors)
+
+
+def _truncated(path):
+    save_file(sd3(), path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _same_name_twice(path):
+    raw_file(
+        path,
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[0],"data_offsets":[1,1]}}',
+        b"x",
+    )
+
+
+def _huge_header(path):
+    """Its length is 100 MB and a byte; the file is sparse."""
+    path.write_bytes(struct.pack("<Q", 100_000_001) + b"{")
+    os.truncate(path, 100_000_100)
+
+
+BAD_FILES = {
+    "missing": (lambda path: None, "cannot be opened: No such file or directory"),
+    "a folder": (lambda path: path.mkdir(), "is no file"),
+    "empty": (lambda path: path.write_bytes(b""), "is truncated"),
+    "a text": (lambda path: path.write_bytes(b"hello, world, I am no model"), "is not a safetensors file"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "is a Python pickle"),
+    "a zipped pickle": (lambda path: torch.save({"a": torch.ones(2)}, path), "is a PyTorch pickle"),
+    "truncated": (_truncated, "is truncated: 1 of "),
+    "a header beyond the file": (lambda path: raw_file(path, {}, length=5000), "it ends inside its header"),
+    "a header of 100 MB": (_huge_header, "is not a safetensors file"),
+    "overlapping": (
+        lambda path: raw_file(path, {"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, b"123456"),
+        "tensors 'a' and 'b' overlap",
+    ),
+    "out of range": (lambda path: raw_file(path, {"a": entry("U8", [9], 0, 9)}, b"1234"), "5 of "),
+    "an unknown dtype": (lambda path: raw_file(path, {"a": entry("F7", [1], 0, 1)}, b"1"), "unknown dtype 'F7'"),
+    "a name twice": (_same_name_twice, "'a' occurs twice"),
+    "nothing to quantize": (lambda path: save_file({"a": torch.ones(3)}, path), "has nothing to quantize"),
+    "only an empty tensor": (
+        lambda path: save_file({"a.weight": torch.ones(0, 16)}, path),
+        "has nothing to quantize: empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file_is_one_line_and_exit_code_1(run, tmp_path, target, kind):
+    make, message = BAD_FILES[kind]
+    make(tmp_path / "bad.safetensors")
+    target.write_bytes(b"precious")
+    before = sorted(tmp_path.iterdir())
+    code, text, errors = run(tmp_path / "bad.safetensors", target, "--overwrite")
+    assert (code, text) == (1, "")
+    assert one_line(errors).startswith("error: bad.safetensors: ")
+    assert message in errors
+    assert target.read_bytes() == b"precious"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in BAD_FILES if kind not in ("nothing to quantize", "only an empty tensor")]
+)
+def test_inspect_and_compare_say_the_same_of_a_bad_file(run, tmp_path, kind):
+    make, message = BAD_FILES[kind]
+    make(tmp_path / "bad.safetensors")
+    for name in ("inspect", "compare"):
+        code, text, errors = run(name, tmp_path / "bad.safetensors")
+        assert (code, text) == (1, "")
+        assert message in one_line(errors)
+
+
+def test_the_source_is_never_the_target(run, source):
+    before = source.read_bytes()
+    code, _, errors = run(source, source, "--overwrite")
+    assert (code, source.read_bytes()) == (1, before)
+    assert "is the source itself" in one_line(errors)
+
+
+@pytest.mark.parametrize("where", ["no/such/folder/out.safetensors", "out.bin"])
+def test_a_target_that_cannot_be_is_exit_code_1(run, source, tmp_path, where):
+    code, _, errors = run(source, tmp_path / where)
+    assert code == 1
+    assert one_line(errors)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_target_without_permission_is_exit_code_1(run, source):
+    """Not even root may write into /sys."""
+    code, _, errors = run(source, "/sys/kernel/out.safetensors")
+    assert code == 1
+    assert "out.safetensors: cannot be written" in one_line(errors)
+
+
+def test_an_empty_tensor_and_odd_names_go_through(run, tmp_path, target):
+    tensors = sd3() | {"naïve 名前.\n\t🦉.weight": torch.ones(16, 16), "empty.weight": torch.ones(0, 16)}
+    save_file(tensors, tmp_path / "odd.safetensors")
+    assert run(tmp_path / "odd.safetensors", target)[0] == 0
+    assert load_file(target)["naïve 名前.\n\t🦉.weight"].dtype == torch.float8_e4m3fn
+    assert load_file(target)["empty.weight"].shape == (0, 16)
+
+
+def test_ctrl_c_is_exit_code_130(run, source, target, tmp_path, monkeypatch):
+    def press(*arguments, **choices):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "quantize_file", press)
+    code, _, errors = run(source, target)
+    assert (code, one_line(errors)) == (130, "error: cancelled; nothing was changed\n")
+
+
+def test_a_surprise_is_one_line_too(run, source, target, monkeypatch):
+    def fail(*arguments, **choices):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(command, "quantize_file", fail)
+    code, _, errors = run(source, target)
+    assert (code, one_line(errors)) == (1, "error: RuntimeError: out of memory (--debug shows where)\n")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run, source, target):
+    code, _, errors = run(source, target, "--plot", "--plot_dir", source / "figures")
+    assert (code, target.exists()) == (1, False)
+    assert one_line(errors) == f"error: {source / 'figures'}: Not a directory\n"
+
+
+# --- inspect
+
+
+@pytest.fixture
+def quantized(source, target):
+    quantize_file(source, target)
+    return target
+
+
+def test_a_sound_file_is_exit_code_0(run, quantized):
+    code, text, _ = run("inspect", quantized)
+    assert code == 0
+    assert text.startswith("out.safetensors: SD3, SD3.5, 8 scaled FP8 layers (float8_e4m3fn; marked: header, inline)")
+    assert "ComfyUI 0.33: exact" in text
+
+
+@pytest.fixture
+def faulty(quantized, tmp_path):
+    """Scales in bf16, and no header entry."""
+    tensors = load_file(quantized)
+    scales = {key: tensor.bfloat16() for key, tensor in tensors.items() if key.endswith(".weight_scale")}
+    path = tmp_path / "faulty.safetensors"
+    save_file(tensors | scales, path)
+    return path
+
+
+def test_a_faulty_file_is_exit_code_1_and_can_be_repaired(run, faulty, tmp_path):
+    code, text, _ = run("inspect", faulty)
+    assert code == 1
+    assert text.count("error: ") == QUANTIZED
+    repaired = tmp_path / "repaired.safetensors"
+    code, text, _ = run("inspect", faulty, "--repair", repaired)
+    assert code == 0
+    assert "repaired: repaired.safetensors: SD3, SD3.5, 8 scaled FP8 layers" in text
+    assert run("inspect", repaired)[0] == 0
+    assert run("inspect", faulty, "--repair", repaired)[0] == 1
+    assert run("inspect", faulty, "--repair", repaired, "--overwrite", "--layout", "legacy")[0] == 0
+    assert "scaled_fp8" in load_file(repaired)
+
+
+def test_inspect_as_json(run, quantized, faulty, tmp_path):
+    _, text, _ = run("inspect", quantized, "--json")
+    assert (json.loads(text)["ok"], json.loads(text)["scaled"]) == (True, QUANTIZED)
+    _, text, _ = run("inspect", faulty, "--json", "--repair", tmp_path / "repaired.safetensors")
+    data = json.loads(text)
+    assert (data["before"]["ok"], data["after"]["ok"]) == (False, True)
+
+
+def test_deep_finds_codes_that_are_nan(run, quantized, tmp_path):
+    broken = tmp_path / "broken.safetensors"
+    shutil.copy(quantized, broken)
+    with safe_open(quantized, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(quantized)
+    tensors[QKV].view(torch.uint8)[0, 0] = 0x7F
+    save_file(tensors, broken, metadata)
+    assert run("inspect", broken)[0] == 0
+    code, text, _ = run("inspect", broken, "--deep")
+    assert (code, "holds 1 NaN or infinite codes" in text) == (1, True)
+
+
+# --- compare
+
+
+def test_compare_lists_every_rounding_in_both_formats(run, source):
+    code, text, _ = run("compare", source)
+    rows = [line.split() for line in text.splitlines() if line.startswith("  float8")]
+    assert code == 0
+    assert len(rows) == 10
+    rmse = {(row[0], row[1]): float(row[2]) for row in rows}
+    for format in ("float8_e4m3fn", "float8_e5m2"):
+        for rounding in ("stochastic", "owlshift", "complex_neighbor", "shift_perturb"):
+            ratio = rmse[format, rounding] / rmse[format, "nearest"]
+            assert ratio == pytest.approx(2**0.5, rel=0.06), "twice the squared error"
+    assert rmse["float8_e5m2", "nearest"] / rmse["float8_e4m3fn", "nearest"] == pytest.approx(2, rel=0.06)
+    assert text.splitlines()[0] == "in.safetensors: 8 layers, scaling absmax, seed 0"
+
+
+def test_compare_measures_what_quantizing_does(run, tmp_path, target):
+    _, text, _ = run("compare", LANDSCAPES, "--json", "--seed", 5, "--keep", "joint_blocks.1")
+    data = json.loads(text, parse_constant=pytest.fail)
+    assert (data["total"], len(data["keys"]), len(data["trials"])) == (13, 13, 10)
+    row = next(row for row in data["trials"] if (row["format"], row["rounding"]) == ("float8_e5m2", "owlshift"))
+    choices = {"format": "float8_e5m2", "rounding": "owlshift", "seed": 5, "keep": ["joint_blocks.1"]}
+    error = quantize_file(LANDSCAPES, target, **choices).error
+    assert (row["count"], row["flushed"]) == (error.count, error.flushed)
+    assert (row["rmse"], row["bias"], row["sqnr"]) == pytest.approx((error.rmse, error.bias, error.sqnr), rel=1e-9)
+
+
+def test_compare_takes_fp8_files_too(run, quantized):
+    code, text, _ = run("compare", quantized)
+    assert code == 0
+    assert "lossless" in next(line for line in text.splitlines() if line.split()[:2] == ["float8_e4m3fn", "nearest"])
