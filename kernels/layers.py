@@ -245,7 +245,8 @@ class _Rules:
     def _hits(self, name: str, patterns: Mapping[str, re.Pattern]) -> str:
         """The first pattern that matches, or ""; counts every one that does."""
         matches = [pattern for pattern, expression in patterns.items() if expression.search(name)]
-        self.hits.update(matches)
+        for pattern in matches:
+            self.hits[pattern] += 1
         return matches[0] if matches else ""
 
     def _compile_preset(self, component: Component) -> dict[str, re.Pattern]:

@@ -53,6 +53,19 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _decode_json = json.JSONDecoder().raw_decode
 
 
+def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """For json.loads(object_pairs_hook=...). Raises ValueError where a name occurs twice."""
+    result = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name!r} occurs twice")
+        result[name] = value
+    return result
+
+
+_decode_object = json.JSONDecoder(object_pairs_hook=without_duplicates).decode
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What a tensor is without its values. `dtype` is torch's name without `torch.`, e.g. "bfloat16"."""
@@ -154,7 +167,7 @@ class _Scanner:
         """The object that starts here and holds no other object."""
         self._next()
         end = self.text.find("}", self.at, self.at + MAX_ENTRY) + 1
-        value = json.loads(self.text[self.at : end], object_pairs_hook=without_duplicates)
+        value = _decode_object(self.text[self.at : end])
         self.at = end
         return value
 
@@ -170,16 +183,6 @@ class _Scanner:
         if self._next() != character:
             raise ValueError(f"'{character}' is missing at character {self.at}")
         self.at += 1
-
-
-def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """For json.loads(object_pairs_hook=...). Raises ValueError where a name occurs twice."""
-    result = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"{name!r} occurs twice")
-        result[name] = value
-    return result
 
 
 def _parse_entry(key: str, entry: object) -> tuple[TensorInfo, int]:
