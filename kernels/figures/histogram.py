@@ -183,8 +183,8 @@ def in_numbers(error: ErrorStatistics) -> str:
 def _title(report: Report, layers: Sequence[LayerReport]) -> str:
     if len(layers) == 1:
         return layers[0].key
-    total = number_of(len(report.layers), "layer")
-    return f"{report.source}: {'all of' if len(layers) == len(report.layers) else f'{len(layers)} of'} {total}"
+    which = "all" if len(layers) == len(report.layers) else f"{len(layers)} of"
+    return f"{report.source}: {which} {number_of(len(report.layers), 'layer')}"
 
 
 def _shares(counts: Sequence[int], total: int) -> np.ndarray:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 KIND_COLOURS = {"attention": BLUE, "MLP": ORANGE, "modulation": GREEN, "other": PURPLE, KEPT: "#b5bcc4"}
 WORST = 5
+LEAST_RANGE = 3
+"""dB that the SQNR axis spans at least: layers that differ by less look alike, as they are."""
 STRIP_COLUMNS = 512
 LEAST_SHARE = 1e-6
 STRIP_COLOURS = ("#fbdcc8", "#d55e00", "#4a1d00")
@@ -80,8 +82,8 @@ def draw_quality(axes: Axes, layers: Sequence[LayerReport], worst: Sequence[Laye
     values = np.array([layer.error.sqnr for layer in layers])
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0, 40)
-    room = max(high - low, 2.0)
-    low, high = low - 0.35 * room, high + 0.2 * room
+    middle, room = (low + high) / 2, max(high - low, LEAST_RANGE)
+    low, high = middle - 0.85 * room, middle + 0.7 * room
     places = np.arange(1, len(layers) + 1)
     kinds = np.array([layer_kind(layer.key) for layer in layers])
     for kind, colour in KIND_COLOURS.items():

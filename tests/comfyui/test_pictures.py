@@ -1,6 +1,8 @@
 """The nodes that draw, in a real ComfyUI: what they output and show, and what they say when they cannot."""
 
+import io
 import json
+import re
 
 import pytest
 import tiny_models
@@ -8,6 +10,7 @@ import torch
 from comfyui.graph import Graph
 from comfyui.pack import quantize
 from comfyui.server import ExecutionError
+from PIL import Image
 from safetensors.torch import load_file
 
 NODES = (
@@ -155,3 +158,16 @@ def test_images_that_do_not_pair_up_are_named(comfyui, graph, other, message):
     graph.add("StochasticFP8ImageCompare", image_a=grey(graph, 0, batch=2), image_b=grey(graph, 0, **other), amplify=8)
     with pytest.raises(ExecutionError, match=message):
         comfyui.queue(graph.prompt)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help_pages_and_their_pictures_are_served(comfyui, node):
+    docs = "/extensions/stochastic-fp8/docs/"
+    page = comfyui.get(f"{docs}{node}.md").decode()
+    inputs = comfyui.object_info(node)["input_order"]
+    for name in (name for group in ("required", "optional") for name in inputs.get(group, ())):
+        assert name in page
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+    assert pictures
+    for picture in pictures:
+        assert Image.open(io.BytesIO(comfyui.get(docs + picture))).width == 1024

@@ -1,0 +1,86 @@
+"""Makes the pictures of the documentation: real nodes in a real ComfyUI, on the landscape model that ships.
+
+    make pictures
+
+Look at what changed before committing it.
+"""
+
+import tempfile
+from pathlib import Path
+
+import conftest  # noqa: F401 - loads the pack
+from comfyui.graph import Graph
+from comfyui.server import PACK_ROOT, ComfyUIServer
+from PIL import Image
+from safetensors.torch import load_file
+
+HELP = PACK_ROOT / "js" / "docs" / "pictures"
+RECIPE = {"format": "float8_e4m3fn", "rounding": "stochastic", "scaling": "absmax", "seed": 0, "layers": "all_linear"}
+
+
+class Pictures:
+    """A graph, and the pictures that are to come out of it."""
+
+    def __init__(self):
+        self.graph = Graph()
+        self._wanted = {}
+
+    def want(self, path, image):
+        saver = self.graph.add("TestSaveTensor", name=f"{path.stem}.safetensors", image=image)
+        self._wanted[path] = saver
+
+    def make(self, server):
+        entry = server.queue(self.graph.prompt, timeout=600)
+        for path, saver in self._wanted.items():
+            (tensor,) = server.files(entry, saver.id, "tensors")
+            write_picture(path, load_file(tensor)["samples"][0])
+
+
+def write_picture(path, image):
+    """Charts as PNG with a palette, photographs as JPEG: a help page should be light."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray((image * 255).round().byte().numpy())
+    if path.suffix == ".png":
+        picture.quantize(dither=Image.Dither.NONE).save(path, optimize=True)
+    else:
+        picture.save(path, quality=88, optimize=True)
+
+
+def landscape(graph, scene, **recipe):
+    """The demo model and its pictures, before and after quantizing: (model, report, before, after)."""
+    model = graph.add("StochasticFP8DemoModel", scene=scene)
+    quantized = graph.add("StochasticFP8Quantize", model=model, **{**RECIPE, **recipe})
+    latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=1)
+    images = []
+    for each in (model, quantized):
+        sampled = graph.sample(each, model[1], model[2], latent, steps=20, cfg=2.5)
+        images.append(graph.add("VAEDecode", samples=sampled, vae=model[3]))
+    return model, quantized[1], *images
+
+
+def help_pages(pictures):
+    """One picture or two for the help page of each node that draws."""
+    graph = pictures.graph
+    model, report, before, after = landscape(graph, "dusk")
+    nearest = graph.add("StochasticFP8Quantize", model=model, **{**RECIPE, "rounding": "nearest"})[1]
+    for name, each in (("stochastic", report), ("nearest", nearest)):
+        histogram = graph.add("StochasticFP8ErrorHistogram", report=each, layers="all")
+        pictures.want(HELP / f"error_histogram_{name}.png", histogram)
+        curve = {"format": "float8_e4m3fn", "rounding": name, "low": 0.5, "high": 2.5, "draws": 1000}
+        pictures.want(HELP / f"rounding_curve_{name}.png", graph.add("StochasticFP8RoundingCurve", **curve))
+    pictures.want(HELP / "layer_report.png", graph.add("StochasticFP8LayerReport", report=report))
+    choices = {"scaling": "absmax", "layers": "all_linear", "most_layers": 34}
+    pictures.want(HELP / "compare_roundings.png", graph.add("StochasticFP8Compare", model=model, **choices))
+    sheet = graph.add("StochasticFP8ImageCompare", image_a=before, image_b=after, amplify=8, width=1024)
+    pictures.want(HELP / "compare_images.jpg", sheet)
+
+
+def main():
+    pictures = Pictures()
+    help_pages(pictures)
+    with tempfile.TemporaryDirectory() as folder, ComfyUIServer(Path(folder)) as server:
+        pictures.make(server)
+
+
+if __name__ == "__main__":
+    main()
