@@ -124,7 +124,7 @@ def assert_like_golden(figure, name):
         thumbnail.save(path, optimize=True)
     golden = np.asarray(Image.open(path).convert("RGB"), dtype=float)
     difference = np.abs(np.asarray(thumbnail, dtype=float) - golden)
-    assert difference.mean() < 2, f"{name}: differs from its golden thumbnail by {difference.mean():.2f} levels of 255"
+    assert difference.mean() < 1, f"{name}: differs from its golden thumbnail by {difference.mean():.2f} levels of 255"
 
 
 # --- every figure
