@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
 
 import torch
 
@@ -22,8 +22,10 @@ RELATIVE_OCTAVES = 32
 """`relative_histogram` counts |error| / amax in two bins an octave, with edges 2^k and 1.5 * 2^k, from 2^-32 to 1.
 Unchanged values are not in it: they are counted in `exact`."""
 
-SAMPLES = 512
-"""How many (original, dequantized) pairs a tensor keeps for scatter plots."""
+_ADDED = ("count", "sum_error", "sum_squared_error", "sum_squared", "saturated", "flushed", "exact")
+
+SAMPLES = 128
+"""How many (original, dequantized) pairs a tensor keeps for scatter plots: a few kB, for the sake of 10,000 layers."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,7 @@ class ErrorStatistics:
         return 10 * math.log10(self.sum_squared / self.sum_squared_error) if self.sum_squared else -math.inf
 
     def __add__(self, other: ErrorStatistics) -> ErrorStatistics:
-        """The statistics of both sets of numbers together; `samples` are thinned evenly to SAMPLES."""
-        samples = self.samples + other.samples
-        return ErrorStatistics(
-            count=self.count + other.count,
-            sum_error=self.sum_error + other.sum_error,
-            sum_squared_error=self.sum_squared_error + other.sum_squared_error,
-            sum_squared=self.sum_squared + other.sum_squared,
-            max_error=max(self.max_error, other.max_error),
-            amax=max(self.amax, other.amax),
-            saturated=self.saturated + other.saturated,
-            flushed=self.flushed + other.flushed,
-            exact=self.exact + other.exact,
-            step_histogram=_add(self.step_histogram, other.step_histogram),
-            relative_histogram=_add(self.relative_histogram, other.relative_histogram),
-            samples=tuple(samples[i] for i in evenly_spaced(len(samples))),
-        )
+        return merge((self, other))
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -111,9 +98,18 @@ class ErrorStatistics:
         return cls(**values)
 
 
-def merge(statistics) -> ErrorStatistics:
-    """The statistics of all the given ones together."""
-    return reduce(ErrorStatistics.__add__, statistics, ErrorStatistics())
+def merge(parts: Iterable[ErrorStatistics]) -> ErrorStatistics:
+    """The statistics of all the given sets of numbers together; `samples` are thinned evenly to SAMPLES."""
+    parts = tuple(parts) or (ErrorStatistics(),)
+    totals = {name: sum(getattr(part, name) for part in parts) for name in _ADDED}
+    largest = {name: max(getattr(part, name) for part in parts) for name in ("max_error", "amax")}
+    histograms = {
+        name: tuple(map(sum, zip(*(getattr(part, name) for part in parts), strict=True)))
+        for name in ("step_histogram", "relative_histogram")
+    }
+    samples = [pair for part in parts for pair in part.samples]
+    thinned = tuple(samples[i] for i in evenly_spaced(len(samples)))
+    return ErrorStatistics(**totals, **largest, **histograms, samples=thinned)
 
 
 def step_bin_edges() -> list[float]:
@@ -217,10 +213,6 @@ def _count_nonzero(x: torch.Tensor, counts: torch.Tensor | None, scratch: torch.
         return int(counts[x != 0].sum())
     # Comparisons are several times as fast written as floats as they are as bool; fp32 counts exactly below 2^24.
     return sum(int(part.sum()) for part in torch.ne(x, 0, out=scratch).split(1 << 23))
-
-
-def _add(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def evenly_spaced(n: int, limit: int = SAMPLES) -> list[int]:

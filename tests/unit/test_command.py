@@ -302,7 +302,7 @@ def test_plots_lie_beside_the_file_by_default(run, source, target, tmp_path):
 def test_the_sample_size_bounds_the_dots(source, target, total):
     report = quantize_file(source, target)
     thinned = thin_samples(report, report.layers, total)
-    assert sum(len(layer.error.samples) for layer in thinned.layers) == min(total, QUANTIZED * 512)
+    assert sum(len(layer.error.samples) for layer in thinned.layers) == min(total, QUANTIZED * 128)
     first = thinned.layers[-1].error.samples[:1]
     assert first == report.layers[-1].error.samples[: len(first)]
 
