@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 SCATTER_POINTS = 6000
 DENSITY_BINS = 48
+THEORY_PEAK = 100 * 2 * STEP_BIN_WIDTH
+"""Per cent of the values in a bin where theory has most: a box and a triangle of one step's area are as high."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -78,13 +80,13 @@ def draw_steps(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
     axes.stairs(shares, edges, fill=True, color=BLUE, alpha=0.75)
     for outermost in (0, len(shares) - 1):
         axes.stairs(shares[outermost : outermost + 1], edges[outermost : outermost + 2], fill=True, color=VERMILION)
-    theory_x, theory_y = _theory(recipe)
-    axes.plot(theory_x, theory_y, color=INK, linewidth=1.2)
-    top = _room_for_all_but_spikes(shares, max(theory_y))
+    if recipe.rounding in ROUNDINGS:
+        axes.plot(*_theory(recipe), color=INK, linewidth=1.2)
+        write_inside(axes, "line: theory", 0.03, 0.96, ha="left", color=INK)
+    top = _room_for_all_but_spikes(shares)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, top), xticks=(-1, -0.5, 0, 0.5, 1))
     axes.set(xlabel="error (steps of the FP8 grid)", ylabel="share of values in each bin (%)")
     axes.set_title("How many steps")
-    write_inside(axes, "line: theory", 0.03, 0.96, ha="left", color=INK)
     if shares[len(shares) // 2] > top:
         label = f"{shares[len(shares) // 2]:.3g} % unmoved"
         axes.annotate(label, (0, top), (0.09, 0.885 * top), color=FAINT, size=8.5, va="center")
@@ -205,23 +207,22 @@ def _pair_bins(shares: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def _theory(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The law of the error in steps, as a polygon, if values lie evenly between their neighbours."""
-    peak = 100 * 2 * STEP_BIN_WIDTH
     if ROUNDINGS[recipe.rounding].stochastic:
-        return (-1, 0, 1), (0, peak, 0)
-    return (-0.5, -0.5, 0.5, 0.5), (0, peak, peak, 0)
+        return (-1, 0, 1), (0, THEORY_PEAK, 0)
+    return (-0.5, -0.5, 0.5, 0.5), (0, THEORY_PEAK, THEORY_PEAK, 0)
 
 
 def _largest_relative_error(recipe: Recipe) -> float:
-    """Of a normal value, unless it saturates: half a step for nearest, a whole one for stochastic rounding."""
+    """Of a normal value, unless it saturates: half a step for nearest, a whole one for any other rounding."""
     step = 2.0 ** -FORMATS[recipe.format].mantissa_bits
-    return step if ROUNDINGS[recipe.rounding].stochastic else step / 2
+    return step / 2 if recipe.rounding == "nearest" else step
 
 
-def _room_for_all_but_spikes(shares: np.ndarray, theory: float) -> float:
+def _room_for_all_but_spikes(shares: np.ndarray) -> float:
     """The top of the axis: spikes of unmoved and of saturated values may stick out of it, and are written."""
     middle = len(shares) // 2
     others = np.delete(shares, (0, middle, len(shares) - 1))
-    return 1.3 * max(theory, others.max())
+    return 1.3 * max(THEORY_PEAK, others.max())
 
 
 def _label_octaves(axes: Axes) -> None:

@@ -223,6 +223,14 @@ def test_histogram_theory_line(rounding, corners):
     assert line.get_xydata() == pytest.approx(np.array(corners))
 
 
+def test_a_rounding_without_a_law_of_its_own_has_no_theory_line():
+    report = small_report()
+    report = replace(report, recipe=replace(report.recipe, rounding="calibrated"))
+    axes = axes_of(error_histogram(report), "How many steps")
+    assert not axes.lines
+    assert "line: theory" not in texts(axes)
+
+
 def test_relative_error_bars_hold_the_reports_counts():
     report = small_report(rounding="nearest")
     axes = axes_of(error_histogram(report), "How large")
