@@ -10,13 +10,13 @@ they are the same). Then coordinate descent: each input once more, given all the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from .calibration import CalibrationError, LayerCalibration
 from .formats import Float8Format
+from .output_error import OutputError
 from .scaling import SMALLEST_SCALE
 
 DAMPING = 0.01
@@ -32,18 +32,6 @@ CHUNK_ELEMENTS = 1 << 26
 SCALE_CANDIDATES = tuple(2 ** (i / 4) for i in range(-4, 4))
 SCALE_SAMPLE = 64
 """Outputs on which the candidates are compared."""
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """Error of a layer's output on the calibration's inputs, relative to the output: sqrt(tr E H Eᵀ / tr W H Wᵀ)."""
-
-    rows: int
-    """Rows of inputs that the prediction rests on."""
-    nearest: float
-    """What rounding to nearest would do, at its own scale."""
-    chosen: float
-    """What the codes do: never above `nearest`."""
 
 
 def calibrate(

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
+from .calibration import Calibration, load_calibration
 from .choices import choose
 from .error import ErrorStatistics
 from .formats import FORMATS
@@ -21,10 +23,11 @@ from .generations import EXACT, verdicts
 from .inspection import ERROR, Finding, inspect_source
 from .layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from .layouts import HEADER_ENTRY, LAYOUTS, MATMULS, Markings, ScaledLayer, read_markings, read_scale, scaled_layers
+from .output_error import OutputError
 from .presets import TEXT_ENCODER, diffusers_model
-from .quantize import NonFiniteError, dequantize_tensor, quantize_tensor
+from .quantize import NonFiniteError, QuantizedTensor, dequantize_tensor
 from .report import KeptTensor, LayerReport, Recipe, Report
-from .rounding import ROUNDINGS
+from .rounding import CALIBRATED, METHODS
 from .safetensors_header import TensorInfo
 from .safetensors_io import CheckpointError, Source, Writer, check_target, fault, open_source, refuse_same_file, writing
 from .scaling import SCALINGS, tensor_to_amax
@@ -66,6 +69,7 @@ def quantize_file(
     requantize: bool = False,
     overwrite: bool = False,
     device: torch.device | str | None = None,
+    calibration: Calibration | str | os.PathLike | None = None,
     statistics: bool = True,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -74,14 +78,18 @@ def quantize_file(
     """Quantize a checkpoint file to a new scaled FP8 file, which is verified before it appears.
 
     source: a .safetensors file, or the .safetensors.index.json of several. format, rounding, scaling, layers, layout,
-    matmul, nonfinite: keys of FORMATS, ROUNDINGS, SCALINGS, LAYERS, LAYOUTS, MATMULS, NONFINITE. keep, only,
+    matmul, nonfinite: keys of FORMATS, METHODS, SCALINGS, LAYERS, LAYOUTS, MATMULS, NONFINITE. keep, only,
     suffixes: see select_layers. requantize: allow layers that are already in this format. metadata: entries to add.
-    Weights that are scaled FP8 are dequantized first. Tensors that are not quantized keep every bit. The same source
-    and choices give the same file, byte for byte.
+    calibration: what the layers were seen to get, or its file: for rounding "calibrated", and for the scales of the
+    inputs that matmul "fp8" casts. Weights that are scaled FP8 are dequantized first. Tensors that are not quantized
+    keep every bit. The same source and choices give the same file, byte for byte (with calibrated rounding: on one
+    device and version of torch).
 
     Raises CheckpointError: files that cannot be read, used or written, and non-finite weights; ValueError: unknown
-    choices and patterns. Whatever is raised, the target is as it was.
+    choices and patterns; CalibrationError: rounding "calibrated" without a calibration. Whatever is raised, the target
+    is as it was.
     """
+    calibration = _opened(calibration)
     recipe = Recipe(
         format=format,
         rounding=rounding,
@@ -94,12 +102,13 @@ def quantize_file(
         layout=layout,
         matmul=matmul,
         nonfinite=nonfinite,
+        calibration=calibration.source if calibration else "",
     )
     target = Path(target)
     with open_source(source) as opened:
         refuse_same_file(opened, target)
         check_target(target, overwrite)
-        job = _Job(opened, recipe)
+        job = _Job(opened, recipe, calibration)
         job.check(requantize)
         if nonfinite == "keep":
             job.keep_nonfinite()
@@ -110,14 +119,20 @@ def quantize_file(
         return job.report(results)
 
 
-def plan_file(source: str | os.PathLike, *, requantize: bool = False, **choices) -> Report:
+def plan_file(
+    source: str | os.PathLike,
+    *,
+    requantize: bool = False,
+    calibration: Calibration | str | os.PathLike | None = None,
+    **choices,
+) -> Report:
     """What quantize_file would do, from the header alone: layers with amax and scale 0, kept tensors, notes, sizes.
 
     choices: as quantize_file's, those of Recipe. Raises as quantize_file does before it begins to write.
     """
     choices |= {name: tuple(choices[name]) for name in ("keep", "only", "suffixes") if name in choices}
     with open_source(source) as opened:
-        job = _Job(opened, Recipe(**choices))
+        job = _Job(opened, Recipe(**choices), _opened(calibration))
         job.check(requantize)
         return job.report({})
 
@@ -140,7 +155,8 @@ def read_weights(source: str | os.PathLike, **choices) -> Iterator[tuple[str, to
 class _Result:
     amax: float
     scale: float
-    error: object
+    error: ErrorStatistics | None
+    output_error: OutputError | None
 
 
 @dataclass
@@ -149,6 +165,7 @@ class _Job:
 
     source: Source
     recipe: Recipe
+    calibration: Calibration | None = None
     markings: Markings = field(init=False)
     selection: Selection = field(init=False)
     scaled: dict[str, ScaledLayer] = field(init=False)
@@ -161,13 +178,14 @@ class _Job:
         recipe = self.recipe
         for table, choice, what in (
             (FORMATS, recipe.format, "format"),
-            (ROUNDINGS, recipe.rounding, "rounding"),
+            (METHODS, recipe.rounding, "rounding"),
             (SCALINGS, recipe.scaling, "scaling"),
             (LAYOUTS, recipe.layout, "layout"),
             (MATMULS, recipe.matmul, "matmul"),
             (NONFINITE, recipe.nonfinite, "nonfinite"),
         ):
             choose(table, choice, what)
+        check_calibration(recipe, self.calibration)
         self.markings = read_markings(self.source)
         self.selection = select_layers(
             {name: info for name, info in self.source.tensors.items() if name not in self.markings.tensors},
@@ -239,6 +257,12 @@ class _Job:
         full_precision = self.recipe.matmul == "full" and component.preset.kind != TEXT_ENCODER
         return ScaledLayer(name.removesuffix(".weight"), self.recipe.format, full_precision, component.prefix)
 
+    def _input_scales(self) -> dict[str, torch.Tensor]:
+        """Those that the calibration gives, by weight name."""
+        keys = {name: self.selection.tensor_key(name) for name in self.quantized}
+        scales = {name: input_scale(self.calibration, key, self.recipe) for name, key in keys.items()}
+        return {name: scale for name, scale in scales.items() if scale is not None}
+
     def write(
         self,
         target: Path,
@@ -257,8 +281,11 @@ class _Job:
             raise fault(self.source.path, str(error)) from error
         scales = {layer.name + layout.weight_scale: weight for weight, layer in layers.items()}
         constants |= {scale: self._source_scale(weight) for scale, weight in scales.items() if weight in self.kept}
+        constants |= {layers[name].name + layout.input_scale: scale for name, scale in self._input_scales().items()}
         copies = {name: name for name in self.kept} | {
-            layer + layout.input_scale: name for layer, name in self.markings.input_scales.items()
+            layer + layout.input_scale: name
+            for layer, name in self.markings.input_scales.items()
+            if layer + layout.input_scale not in constants
         }
         infos = {
             **{name: TensorInfo(self.recipe.format, self.source.tensors[name].shape) for name in self.quantized},
@@ -298,7 +325,7 @@ class _Job:
                 except NonFiniteError as error:
                     nonfinite.append(error)
                     continue
-                results[name] = _Result(q.amax, q.scale.item(), q.error)
+                results[name] = _Result(q.amax, q.scale.item(), q.error, q.output_error)
                 observe(len(results), len(quantized), q.error)
                 pending.wait_then(pool, _write_layer, writer, name, q.codes, scale_names[name], q.scale)
             pending.wait()
@@ -307,18 +334,9 @@ class _Job:
         progress(total, total, "")
         return results
 
-    def _quantize(self, x: torch.Tensor, key: str, device, statistics: bool):
+    def _quantize(self, x: torch.Tensor, key: str, device, statistics: bool) -> QuantizedTensor:
         recipe = self.recipe
-        q = quantize_tensor(
-            x,
-            format=recipe.format,
-            rounding=recipe.rounding,
-            scaling=recipe.scaling,
-            seed=recipe.seed,
-            key=key,
-            statistics=statistics,
-            device=device,
-        )
+        q = quantize_weight(x, key, recipe, self.calibration, statistics=statistics, device=device)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", trace(key, x, q, rounding=recipe.rounding, seed=recipe.seed))
         return q
@@ -375,13 +393,11 @@ class _Job:
     def report(self, results: Mapping[str, _Result]) -> Report:
         """The report; without results (a plan) amax and scale are 0."""
         tensors, key = self.source.tensors, self.selection.tensor_key
-        unknown = _Result(0.0, 0.0, None)
+        unknown = _Result(0.0, 0.0, None, None)
         layers = []
         for name in self.quantized:
             info, result = tensors[name], results.get(name, unknown)
-            layers.append(
-                LayerReport(key(name), info.shape, info.dtype, info.nbytes, result.amax, result.scale, result.error)
-            )
+            layers.append(LayerReport(key(name), info.shape, info.dtype, info.nbytes, **vars(result)))
         kept = [
             KeptTensor(key(name), tensors[name].shape, tensors[name].dtype, tensors[name].nbytes, reason)
             for name, reason in self.kept.items()
@@ -393,8 +409,13 @@ class _Job:
             tuple(layers),
             tuple(kept),
             self.selection.pattern_hits,
-            tuple(self.notes),
+            (*self.notes, *self._calibration_notes(results)),
         )
+
+    def _calibration_notes(self, results: Mapping[str, _Result]) -> Iterator[str]:
+        if self.recipe.rounding == CALIBRATED.name:
+            key = self.selection.tensor_key
+            yield from calibration_notes({key(name): result.output_error for name, result in results.items()})
 
     def _source_notes(self) -> Iterator[str]:
         tensors = self.source.tensors
@@ -415,8 +436,12 @@ class _Job:
         for verdict in verdicts(ways, [self.recipe.format], main.family, main.preset.kind, components.all_in_one):
             if verdict.outcome != EXACT or verdict.text:
                 yield f"{verdict.generation}: {verdict.outcome}; {verdict.text}"
-        if self.recipe.matmul == "fp8" and not self.markings.input_scales:
+        if self.recipe.matmul == "fp8" and not (self.markings.input_scales or self._input_scales()):
             yield "matmul fp8 without input scales: FP8 GPUs clamp activations at ±448, which costs quality"
+
+
+def _opened(calibration: Calibration | str | os.PathLike | None) -> Calibration | None:
+    return load_calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
 
 
 class _Pending:

@@ -10,10 +10,11 @@ import torch
 from .backends import choose_backend
 from .choices import choose
 from .error import ErrorStatistics, evenly_spaced
-from .formats import FORMATS
+from .formats import FORMATS, Float8Format
+from .output_error import OutputError
 from .random_bits import stream_key
 from .rounding import ROUNDINGS
-from .scaling import SCALINGS, amax_to_scale, tensor_to_amax
+from .scaling import SCALINGS, Scaling, amax_to_scale, tensor_to_amax
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,6 +37,8 @@ class QuantizedTensor:
     """fp32, 0-dim, on its device."""
     amax: float
     error: ErrorStatistics | None = None
+    output_error: OutputError | None = None
+    """Of the layer's output, where the rounding was calibrated."""
 
 
 def quantize_tensor(
@@ -62,21 +65,38 @@ def quantize_tensor(
     """
     float8 = choose(FORMATS, format, "format")
     method = choose(ROUNDINGS, rounding, "rounding")
-    scaler = choose(SCALINGS, scaling, "scaling")
+    flat, amax, scale = scale_tensor(x, float8, choose(SCALINGS, scaling, "scaling"), key, device)
+    backend = choose_backend(flat)
+    stream = stream_key(seed, rounding, key)
+    codes, error = backend.round_tensor(flat, scale, amax, float8, method, stream, statistics)
+    return finish(x, flat, codes.view(float8.dtype), scale, amax, error)
+
+
+def scale_tensor(
+    x: torch.Tensor, format: Float8Format, scaling: Scaling, key: str, device: torch.device | str | None
+) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """A tensor, flat and on `device`, with its amax and scale. Raises TypeError, NonFiniteError as quantize_tensor."""
     if x.dtype not in SOURCE_DTYPES:
         raise TypeError(_dtype_error(x, key))
     flat = x.detach().reshape(-1).to(device or x.device)
     amax = tensor_to_amax(flat)
     if not math.isfinite(amax):
         raise NonFiniteError(key, *_count_nonfinite(flat))
-    scale = amax_to_scale(amax, float8, scaler)
-    backend = choose_backend(flat)
-    stream = stream_key(seed, rounding, key)
-    codes, error = backend.round_tensor(flat, scale, float(amax), float8, method, stream, statistics)
-    codes = codes.view(float8.dtype)
+    return flat, float(amax), amax_to_scale(amax, format, scaling)
+
+
+def finish(
+    x: torch.Tensor,
+    flat: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    amax: float,
+    error: ErrorStatistics | None,
+) -> QuantizedTensor:
+    """Codes and scale in x's shape and on its device; samples for the statistics."""
     if error is not None:
         error = replace(error, samples=_samples(flat, codes, scale))
-    return QuantizedTensor(codes.reshape(x.shape).to(x.device), scale.to(x.device), float(amax), error)
+    return QuantizedTensor(codes.reshape(x.shape).to(x.device), scale.to(x.device), amax, error)
 
 
 def dequantize_tensor(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

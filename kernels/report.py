@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from .error import ErrorStatistics, merge
+from .output_error import OutputError
 
 REPORT_VERSION = 1
 
@@ -25,6 +26,8 @@ class Recipe:
     layout: str = "native"
     matmul: str = "full"
     nonfinite: str = "error"
+    calibration: str = ""
+    """Name of the calibration in use, if any."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class LayerReport:
     amax: float
     scale: float
     error: ErrorStatistics | None = None
+    output_error: OutputError | None = None
+    """Of the layer's output, where the rounding was calibrated."""
 
     @property
     def elements(self) -> int:
@@ -132,5 +137,12 @@ def _tuple(value):
 
 
 def _layer(entry: dict) -> LayerReport:
-    error = entry["error"]
-    return LayerReport(**{**entry, "shape": tuple(entry["shape"]), "error": error and ErrorStatistics.from_dict(error)})
+    error, output_error = entry["error"], entry.get("output_error")
+    return LayerReport(
+        **{
+            **entry,
+            "shape": tuple(entry["shape"]),
+            "error": error and ErrorStatistics.from_dict(error),
+            "output_error": output_error and OutputError(**output_error),
+        }
+    )

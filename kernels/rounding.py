@@ -119,6 +119,12 @@ ROUNDINGS = {
 }
 
 
+CALIBRATED = Rounding("calibrated", "for the layer's output, on inputs it was seen to get: needs a calibration", None)
+
+METHODS = {**ROUNDINGS, CALIBRATED.name: CALIBRATED}
+"""Every choice of rounding: ROUNDINGS look at one number at a time, `calibrated` at a whole weight (calibrate.py)."""
+
+
 def round_to_codes(
     scaled: torch.Tensor, words: torch.Tensor | None, format: Float8Format, rounding: Rounding
 ) -> torch.Tensor:

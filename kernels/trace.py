@@ -8,7 +8,7 @@ from .error import evenly_spaced
 from .formats import FORMATS
 from .quantize import QuantizedTensor
 from .random_bits import random_words, stream_key
-from .rounding import FRACTION_BITS, ONE, ROUNDINGS, Rounding, code_positions
+from .rounding import FRACTION_BITS, METHODS, ONE, Rounding, code_positions
 
 TRACED = 4
 """Elements of each tensor whose rounding is told."""
@@ -26,7 +26,7 @@ def trace(key: str, x: torch.Tensor, q: QuantizedTensor, *, rounding: str, seed:
     stream = stream_key(seed, rounding, key)
     for index in evenly_spaced(len(flat), TRACED):
         word = int(random_words(stream, index, 1))
-        lines.append(f"  [{index}] {_element(flat[index], codes[index], word, q, ROUNDINGS[rounding])}")
+        lines.append(f"  [{index}] {_element(flat[index], codes[index], word, q, METHODS[rounding])}")
     return "\n".join(lines)
 
 
@@ -37,6 +37,8 @@ def _element(value: torch.Tensor, code: torch.Tensor, word: int, q: QuantizedTen
     code, sign = int(code), -1 if scaled < 0 else 1
     start = f"{value:.6g} / scale = {scaled:.6g}"
     result = f"-> 0x{code:02x} = {format.decode(code) * float(q.scale):.6g}"
+    if q.output_error:
+        return f"{start}: for the least change of the layer's output {result}"
     if below >= format.max_code:
         return f"{start}: at or beyond the largest value {result}"
     if not fraction:

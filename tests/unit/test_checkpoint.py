@@ -125,6 +125,7 @@ def test_the_source_and_given_metadata_stay_beside_the_recipe(source, target):
         "layout": "native",
         "matmul": "full",
         "nonfinite": "error",
+        "calibration": "",
     }
     assert f"{QKV}.weight" in recipe["quantized"]
     assert "context_embedder.weight" in recipe["kept_layers"]

@@ -1,0 +1,125 @@
+"""Weights by recipe: which layers are calibrated, what the others get, and what the report says of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from stochastic_fp8_pack.kernels import LayerReport, Recipe, Report, dequantize_tensor, quantize_tensor
+from stochastic_fp8_pack.kernels.calibrated import (
+    calibrate_tensor,
+    calibration_notes,
+    input_scale,
+    quantize_weight,
+)
+from stochastic_fp8_pack.kernels.calibration import CalibrationError, Observer
+from stochastic_fp8_pack.kernels.output_error import OutputError
+from stochastic_fp8_pack.kernels.quantize import NonFiniteError
+
+KEY = "blocks.0.attn.qkv.weight"
+RECIPE = Recipe(rounding="calibrated", calibration="prompts")
+
+
+def correlated(rows, width):
+    generator = torch.Generator().manual_seed(7)
+    shared = torch.randn(rows, width // 4, generator=generator)
+    mixing = torch.randn(width // 4, width, generator=generator)
+    return shared @ mixing + 0.5 * torch.randn(rows, width, generator=generator)
+
+
+X = correlated(4000, 64)
+WEIGHT = torch.randn(48, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+
+def calibration(key=KEY, x=X):
+    observer = Observer()
+    observer.observe(key, x)
+    return observer.result("prompts")
+
+
+def same_bytes(first, second):
+    return torch.equal(first.codes.view(torch.uint8), second.codes.view(torch.uint8)) and first.scale == second.scale
+
+
+def test_a_layer_that_was_seen_is_calibrated():
+    q = quantize_weight(WEIGHT, KEY, RECIPE, calibration())
+    assert same_bytes(q, calibrate_tensor(WEIGHT, calibration().layers[KEY]))
+    assert q.output_error.rows == 4000
+    assert q.output_error.chosen < 0.5 * q.output_error.nearest
+    assert (q.codes.shape, q.codes.dtype, q.scale.dtype) == (WEIGHT.shape, torch.float8_e4m3fn, torch.float32)
+
+
+@pytest.mark.parametrize(("key", "x"), [("another.weight", X), (KEY, X[:, :32])], ids=["never seen", "another width"])
+def test_other_layers_are_rounded_to_nearest(key, x):
+    q = quantize_weight(WEIGHT, KEY, RECIPE, calibration(key, x))
+    assert same_bytes(q, quantize_tensor(WEIGHT, rounding="nearest"))
+    assert q.output_error is None
+
+
+def test_a_calibration_changes_no_other_rounding():
+    recipe = replace(RECIPE, rounding="stochastic", seed=5)
+    q = quantize_weight(WEIGHT, KEY, recipe, calibration())
+    assert same_bytes(q, quantize_tensor(WEIGHT, rounding="stochastic", seed=5, key=KEY))
+
+
+def test_without_a_calibration_the_error_says_what_to_connect():
+    with pytest.raises(CalibrationError, match="connect FP8 Calibration or Load FP8 Calibration .* --calibration FILE"):
+        quantize_weight(WEIGHT, KEY, RECIPE, None)
+
+
+def test_statistics_are_those_of_the_codes():
+    q = calibrate_tensor(WEIGHT, calibration().layers[KEY], statistics=True)
+    error = (dequantize_tensor(q.codes, q.scale) - WEIGHT.float()).double()
+    assert q.error.count == 48 * 64
+    assert q.error.rmse == pytest.approx(error.square().mean().sqrt().item(), rel=1e-5)
+    assert q.error.bias == pytest.approx(error.mean().item(), abs=1e-8)
+    assert sum(q.error.step_histogram) == 48 * 64
+    assert q.error.samples[0][0] == WEIGHT[0, 0]
+
+
+def test_without_scaling_the_scale_stays_one():
+    q = calibrate_tensor(WEIGHT, calibration().layers[KEY], scaling="none")
+    assert float(q.scale) == 1.0
+    assert q.output_error.chosen < q.output_error.nearest
+
+
+def test_non_finite_weights_are_named():
+    broken = WEIGHT.clone()
+    broken[1, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match="tensor 'blocks.0.attn.qkv.weight' holds 1 NaN and 0 infinite values"):
+        quantize_weight(broken, KEY, RECIPE, calibration())
+
+
+def test_input_scales_leave_room_for_other_prompts():
+    seen = calibration(x=torch.tensor([[-358.4, 2.0] * 8]))
+    fp8 = replace(RECIPE, matmul="fp8")
+    scale = input_scale(seen, KEY, fp8)
+    assert (scale.dtype, scale.shape) == (torch.float32, ())
+    assert float(scale) == pytest.approx(1.0)
+    assert input_scale(seen, KEY, RECIPE) is None
+    assert input_scale(seen, "another.weight", fp8) is None
+    assert input_scale(None, KEY, fp8) is None
+    assert float(input_scale(calibration(x=torch.zeros(1, 16)), KEY, fp8)) == 2**-14
+
+
+def test_notes_list_what_a_user_should_know():
+    errors = {
+        "a": OutputError(5000, 0.02, 0.01),
+        "b": OutputError(200, 0.02, 0.01),
+        "c": OutputError(9000, 0.02, 0.02),
+        "d": None,
+        "e": None,
+    }
+    never, no_better, few = calibration_notes(errors)
+    assert never.startswith("2 of 5 layers were rounded to nearest, since the calibration never saw them")
+    assert never.endswith(": d, e")
+    assert no_better.startswith("1 of 5 layers were rounded to nearest, since calibrated rounding would not")
+    assert no_better.endswith(": c")
+    assert few.startswith("1 of 5 layers were calibrated cautiously on fewer than 3,000 rows")
+    assert few.endswith(": b")
+    assert list(calibration_notes({"a": errors["a"]})) == []
+
+
+def test_the_report_carries_it_as_json():
+    layer = LayerReport(KEY, (48, 64), "bfloat16", 6144, 1.0, 0.5, output_error=OutputError(4000, 0.02, 0.01))
+    report = Report("m.safetensors", "unknown", RECIPE, (layer,))
+    assert Report.from_json(report.to_json()) == report
