@@ -36,8 +36,10 @@ class StochasticFP8DemoModel(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(id="MODEL", display_name="model"),
-                io.Conditioning.Output(id="positive", tooltip="The scene."),
-                io.Conditioning.Output(id="negative", tooltip="Nothing: what the guidance steers away from."),
+                io.Conditioning.Output(id="positive", display_name="positive", tooltip="The scene."),
+                io.Conditioning.Output(
+                    id="negative", display_name="negative", tooltip="Nothing: what the guidance steers away from."
+                ),
                 io.Vae.Output(id="VAE", display_name="vae"),
             ],
         )

@@ -39,9 +39,9 @@ class StochasticFP8Inspect(io.ComfyNode):
                 fit(io.String.Input, "filename_prefix", default="repaired", tooltip="The name of the repaired copy."),
             ],
             outputs=[
-                io.String.Output(id="findings", tooltip="What was found, one finding a line."),
-                io.Image.Output(id="image", tooltip="The same as a picture."),
-                io.Boolean.Output(id="ok", tooltip="Whether the file is free of errors."),
+                io.String.Output(id="findings", display_name="findings", tooltip="What was found, one finding a line."),
+                io.Image.Output(id="image", display_name="image", tooltip="The same as a picture."),
+                io.Boolean.Output(id="ok", display_name="ok", tooltip="Whether the file is free of errors."),
             ],
             is_output_node=True,
         )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 
 import torch
 from comfy_api.latest import io
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
+from ..kernels.calibration import Calibration
 from ..kernels.checkpoint import NONFINITE
 from ..kernels.choices import choose
 from ..kernels.layers import LAYERS
 from ..kernels.layouts import LAYOUTS, MATMULS
-from .schema import fit
+from ..kernels.rounding import METHODS
+from .schema import FP8Calibration, fit
 
 MATMUL_NAMES = {"full precision": "full", "fp8": "fp8"}
 """What the nodes call the library's MATMULS."""
@@ -21,7 +24,7 @@ LARGEST_SEED = 2**64 - 1
 
 _TABLES = {
     "format": FORMATS,
-    "rounding": ROUNDINGS,
+    "rounding": METHODS,
     "scaling": SCALINGS,
     "layers": LAYERS,
     "layout": LAYOUTS,
@@ -33,7 +36,8 @@ _FORMAT_TOOLTIP = (
     "a wider range; it needs a recent ComfyUI."
 )
 _ROUNDING_TOOLTIP = (
-    "How each weight finds its place on the coarse FP8 grid. For an image closest to the original choose nearest. The "
+    "How each weight finds its place on the coarse FP8 grid. For an image closest to the original choose calibrated, "
+    "where there is a calibration, or else nearest. The "
     "stochastic methods have twice its squared error but no bias: for sums over many weights, repeated quantization "
     "and research."
 )
@@ -77,11 +81,11 @@ def _description(entry) -> str:
     return entry if isinstance(entry, str) else getattr(entry, "description", "")
 
 
-def rounding_inputs() -> list:
-    """format, rounding, scaling, seed: what becomes of a number."""
+def rounding_inputs(roundings=ROUNDINGS) -> list:
+    """format, rounding, scaling, seed: what becomes of a number. roundings: METHODS where there is a calibration."""
     return [
         fit(io.Combo.Input, "format", options=list(FORMATS), default="float8_e4m3fn", tooltip=_FORMAT_TOOLTIP),
-        combo("rounding", ROUNDINGS, _ROUNDING_TOOLTIP, default="stochastic"),
+        combo("rounding", roundings, _ROUNDING_TOOLTIP, default="stochastic"),
         combo("scaling", SCALINGS, _SCALING_TOOLTIP, default="absmax"),
         fit(
             io.Int.Input,
@@ -126,6 +130,18 @@ def device_input() -> io.Combo.Input:
     )
 
 
+def calibration_input() -> io.Custom.Input:
+    return fit(
+        FP8Calibration.Input,
+        "calibration",
+        optional=True,
+        tooltip=(
+            "What FP8 Calibration recorded of this model: for rounding calibrated, which then loses about a third of "
+            "what nearest loses, and for the range of activations where matmul is fp8."
+        ),
+    )
+
+
 def layout_input() -> io.Combo.Input:
     return combo("layout", LAYOUTS, _LAYOUT_TOOLTIP, default="native")
 
@@ -141,7 +157,14 @@ def patterns(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part for part in re.split(r"[\s,]+", text) if part))
 
 
-def recipe(*, keep: str = "", only: str = "", matmul: str = "full precision", **choices) -> Recipe:
+def recipe(
+    *,
+    keep: str = "",
+    only: str = "",
+    matmul: str = "full precision",
+    calibration: Calibration | None = None,
+    **choices,
+) -> Recipe:
     """The Recipe that a node's inputs stand for.
 
     Raises ValueError naming the valid choices: ComfyUI lets anything through that arrives over a wire.
@@ -149,4 +172,15 @@ def recipe(*, keep: str = "", only: str = "", matmul: str = "full precision", **
     for name, choice in choices.items():
         if name in _TABLES:
             choose(_TABLES[name], choice, name)
-    return Recipe(keep=patterns(keep), only=patterns(only), matmul=choose(MATMUL_NAMES, matmul, "matmul"), **choices)
+    return Recipe(
+        keep=patterns(keep),
+        only=patterns(only),
+        matmul=choose(MATMUL_NAMES, matmul, "matmul"),
+        calibration=calibration.source if calibration else "",
+        **choices,
+    )
+
+
+def keywords(recipe: Recipe) -> dict:
+    """A Recipe as keywords of quantize_file and plan_file, which take a calibration itself and not its name."""
+    return {name: value for name, value in asdict(recipe).items() if name != "calibration"}

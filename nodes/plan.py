@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import folder_paths
@@ -19,6 +18,7 @@ from ..kernels.safetensors_io import Source, fault, open_source
 from . import in_graph, models
 from .demo import MODELS
 from .files import OUTPUT_FOLDERS, find_source
+from .options import keywords
 
 PARTS = {"file": "the whole file", "model": "its diffusion model", "clip": "its text encoders"}
 
@@ -47,7 +47,7 @@ def make_plan(file: str, part: str, recipe: Recipe, requantize: bool = False) ->
     """
     path = _model_path(file)
     if part == "file":
-        return describe(plan_file(path, requantize=requantize, **asdict(recipe)))
+        return describe(plan_file(path, requantize=requantize, **keywords(recipe)))
     models.check_runs(recipe.format)
     with open_source(path) as source:
         reports = [_plan_network(tensors, part, recipe, source.name) for tensors in _networks(source, part)]

@@ -6,9 +6,18 @@ import logging
 
 from comfy_api.latest import io
 
+from ..kernels.rounding import METHODS
 from . import in_graph, models
 from .live import summary_output
-from .options import device_input, layer_inputs, matmul_input, nonfinite_input, recipe, rounding_inputs
+from .options import (
+    calibration_input,
+    device_input,
+    layer_inputs,
+    matmul_input,
+    nonfinite_input,
+    recipe,
+    rounding_inputs,
+)
 from .schema import CATEGORY, FP8Report, fit
 
 log = logging.getLogger("stochastic_fp8")
@@ -35,11 +44,12 @@ class StochasticFP8Quantize(io.ComfyNode):
             ),
             inputs=[
                 fit(io.Model.Input, "model", tooltip="The model to quantize, in 16 bits. It stays as it is."),
-                *rounding_inputs(),
+                *rounding_inputs(METHODS),
                 *layer_inputs(),
                 matmul_input(),
                 nonfinite_input(),
                 device_input(),
+                calibration_input(),
             ],
             outputs=[
                 io.Model.Output(id="MODEL", display_name="model", tooltip="The quantized model."),
@@ -48,13 +58,18 @@ class StochasticFP8Quantize(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, device="auto", nonfinite="error", **choices):
-        chosen = recipe(nonfinite=nonfinite, **choices)
+    def execute(cls, model, device="auto", nonfinite="error", calibration=None, **choices):
+        chosen = recipe(nonfinite=nonfinite, calibration=calibration, **choices)
         models.check_runs(chosen.format)
         network = models.diffusion_network(model)
         selection = in_graph.select(network, chosen)
         part, report = in_graph.quantize_network(
-            network, selection, chosen, in_graph.compute_device(device, network), type(model.model).__name__
+            network,
+            selection,
+            chosen,
+            in_graph.compute_device(device, network),
+            type(model.model).__name__,
+            calibration,
         )
         if not report.layers:
             raise in_graph.nothing_to_quantize(report)
@@ -105,7 +120,7 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
             where = in_graph.compute_device(device, network)
             parts[name], report = in_graph.quantize_network(network, selection, chosen, where, name)
             reports.append(report)
-        report = in_graph.join_reports(reports, type(clip.cond_stage_model).__name__)
+        report = in_graph.join_reports(reports, type(clip.cond_stage_model).__name__.rstrip("_"))
         _log(report)
         if not report.layers:
             return io.NodeOutput(clip, report, ui=summary_output(report))

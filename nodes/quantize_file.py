@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 
 import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..kernels.checkpoint import quantize_file
+from ..kernels.rounding import METHODS
 from .files import find_source, fingerprint, list_sources, loader_name, target_path, workflow_metadata
 from .live import summary_output
 from .options import (
+    calibration_input,
     device_input,
+    keywords,
     layer_inputs,
     layout_input,
     matmul_input,
@@ -44,7 +46,7 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
             ),
             inputs=[
                 fit(io.Combo.Input, "file", options=list_sources(), tooltip="The 16-bit model to quantize."),
-                *rounding_inputs(),
+                *rounding_inputs(METHODS),
                 *layer_inputs()[:1],
                 fit(io.String.Input, "filename_prefix", default="stochastic_fp8", tooltip=_PREFIX_TOOLTIP),
                 layout_input(),
@@ -54,9 +56,12 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
                 matmul_input(),
                 nonfinite_input(),
                 device_input(),
+                calibration_input(),
             ],
             outputs=[
-                io.String.Output(id="filename", tooltip="The file's name as ComfyUI's loader lists it."),
+                io.String.Output(
+                    id="filename", display_name="filename", tooltip="The file's name as ComfyUI's loader lists it."
+                ),
                 FP8Report.Output(id="FP8_REPORT", display_name="report", tooltip=_REPORT_TOOLTIP),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -68,14 +73,15 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
         return fingerprint(file)
 
     @classmethod
-    def execute(cls, file, filename_prefix, overwrite, requantize, device="auto", **choices):
+    def execute(cls, file, filename_prefix, overwrite, requantize, device="auto", calibration=None, **choices):
         kind, source = find_source(file)
         target = target_path(kind, filename_prefix, overwrite)
         progress = Progress()
         report = quantize_file(
             source,
             target,
-            **asdict(recipe(**choices)),
+            **keywords(recipe(**choices)),
+            calibration=calibration,
             requantize=requantize,
             overwrite=overwrite,
             device=comfy.model_management.get_torch_device() if device == "auto" else device,

@@ -122,7 +122,9 @@ class StochasticFP8Save(io.ComfyNode):
                 fit(io.Vae.Input, "vae", optional=True, tooltip="A VAE for an all-in-one checkpoint, as it is."),
             ],
             outputs=[
-                io.String.Output(id="filename", tooltip="The file's name as ComfyUI's loader lists it."),
+                io.String.Output(
+                    id="filename", display_name="filename", tooltip="The file's name as ComfyUI's loader lists it."
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,

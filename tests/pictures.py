@@ -13,6 +13,7 @@ from comfyui.graph import Graph
 from comfyui.server import PACK_ROOT, ComfyUIServer
 from PIL import Image
 from safetensors.torch import load_file
+from thumbnails import make_thumbnails
 
 HELP = PACK_ROOT / "js" / "docs" / "pictures"
 RECIPE = {"format": "float8_e4m3fn", "rounding": "stochastic", "scaling": "absmax", "seed": 0, "layers": "all_linear"}
@@ -80,6 +81,7 @@ def main():
     help_pages(pictures)
     with tempfile.TemporaryDirectory() as folder, ComfyUIServer(Path(folder)) as server:
         pictures.make(server)
+        make_thumbnails(server)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from ..generations import EXACT
+from ..generations import DEGRADED, EXACT
 from ..inspection import ERROR, NOTE, WARNING, Inspection
 from ..presets import PRESETS
 from .style import (
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 COLOURS = {ERROR: VERMILION, WARNING: ORANGE, NOTE: BLUE}
 MOST = 24
 """Findings shown; the text output has all of them."""
-CHARACTERS = 118
+CHARACTERS = 114
 LINE_INCHES, ENTRY_INCHES, TOP_INCHES = 0.185, 0.13, 1.0
-LEFT_INCHES = 1.5
+LEFT_INCHES = 1.65
 
 
 @house_style()
@@ -55,9 +55,9 @@ def inspection_sheet(inspection: Inspection, *, width: int = 1024) -> Figure:
 
 def _verdict_entries(inspection: Inspection):
     for verdict in inspection.verdicts:
-        colour = GREEN if verdict.outcome == EXACT else ORANGE
-        text = f"{verdict.outcome}{'; ' + verdict.text if verdict.text else ''}"
-        yield verdict.generation.replace("ComfyUI ", ""), colour, textwrap.wrap(text, CHARACTERS)
+        colour = {EXACT: GREEN, DEGRADED: ORANGE}.get(verdict.outcome, VERMILION)
+        text = f"reads this layout: {verdict.outcome}{'; ' + verdict.text if verdict.text else ''}"
+        yield verdict.generation, colour, textwrap.wrap(text, CHARACTERS)
 
 
 def _finding_entries(inspection: Inspection):
