@@ -6,7 +6,7 @@ ENVIRONMENT = python3 tests/environment.py
 test: ## the whole test suite, or a part: make test PYTEST_ARGS="tests/unit -k seed"
 	@bash tests/run.sh $(PYTEST_ARGS)
 
-demo: environment ## a ComfyUI with the pack in it, on a free port, until Ctrl+C
+demo: environment ## the example Try it now in a real ComfyUI: pictures before and after, sizes, PSNR
 	@$(PYTHON) tests/demo.py
 
 bench: environment

@@ -1,5 +1,6 @@
 """Every example workflow opens without a missing node, has its thumbnail, and runs in a real server."""
 
+import demo
 import pytest
 import tiny_models
 import torch
@@ -130,3 +131,13 @@ def test_inspect_and_repair(bench):
     assert any("it must be float32" in text and "Repaired copy" in text for text in shown)
     assert "false" in [text.lower() for text in shown]
     assert pictures(bench, outputs)[0].size[0] == 1024
+
+
+def test_the_demo(bench):
+    """What ``make demo`` runs and claims."""
+    outputs, in_graph, prompt = demo.run_example(bench.server)
+    name = outputs["StochasticFP8Save"]["text"][0]
+    assert torch.equal(demo.run_reloaded(bench.server, prompt, name), in_graph)
+    black, grey = (Image.new("RGB", (8, 8), (level, level, level)) for level in (0, 51))
+    assert demo.psnr(black, grey) == pytest.approx(13.979, abs=1e-3)  # 20 log10(255 / 51)
+    assert demo.psnr(grey, grey) == float("inf")

@@ -1,0 +1,127 @@
+"""Runs the example *Try it now* in a real ComfyUI, and shows what came out of it: ``make demo``.
+
+The pictures and the quantized model land in .build/demo.
+"""
+
+import math
+import shutil
+import time
+
+import tiny_models
+from comfyui.server import PACK_ROOT, ComfyUIServer
+from comfyui.workflows import read_workflow, to_prompt
+from PIL import ImageChops, ImageStat
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+FOLDER = PACK_ROOT / ".build" / "demo"
+
+
+class ProgressBar:
+    """Shows a run: how many nodes are done, and how far the present one is."""
+
+    def __init__(self, prompt):
+        self._names = {node: entry["class_type"] for node, entry in prompt.items()}
+        self._bar = tqdm(total=len(prompt), unit="node", bar_format="{l_bar}{bar}| {n:.1f}/{total} nodes {postfix}")
+        self._done = 0
+
+    def __call__(self, event, data):
+        node = data.get("display_node") or data.get("node")
+        if event == "executing" and node:
+            self._bar.set_postfix_str(self._names.get(node, ""))
+        elif event == "executed" or (event == "progress" and data["value"] == data["max"]):
+            self._done += 1
+            self._show(self._done)
+        elif event == "progress":
+            self._show(self._done + data["value"] / data["max"])
+
+    def close(self):
+        self._show(self._bar.total)
+        self._bar.set_postfix_str("")
+        self._bar.close()
+
+    def _show(self, nodes):
+        self._bar.n = min(nodes, self._bar.total)
+        self._bar.refresh()
+
+
+def sampled_model(prompt, source):
+    """The id of the sampler whose model comes from a node of type ``source``."""
+    sources = {node for node, entry in prompt.items() if entry["class_type"] == source}
+    return next(
+        node
+        for node, entry in prompt.items()
+        if entry["class_type"] == "KSampler" and entry["inputs"]["model"][0] in sources
+    )
+
+
+def run_example(server):
+    """Run the example; (its outputs by node type, the latents of the quantized model, its prompt)."""
+    prompt = to_prompt(read_workflow("Try it now"), server.object_info())
+    sampler = sampled_model(prompt, "StochasticFP8Quantize")
+    prompt["keep"] = keep_latents(sampler)
+    bar = ProgressBar(prompt)
+    entry = server.queue(prompt, on_event=bar)
+    bar.close()
+    outputs = {prompt[node]["class_type"]: output for node, output in entry["outputs"].items()}
+    return outputs, latents(server, entry), prompt
+
+
+def keep_latents(sampler):
+    return {"class_type": "TestSaveTensor", "inputs": {"name": "latents.safetensors", "latent": [sampler, 0]}}
+
+
+def latents(server, entry):
+    (path,) = server.files(entry, "keep", "tensors")
+    return load_file(path)["samples"]
+
+
+def run_reloaded(server, prompt, name):
+    """The latents of the same run with the saved file, loaded by ComfyUI's own loader."""
+    sampler = sampled_model(prompt, "StochasticFP8Quantize")
+    loader = {"class_type": "UNETLoader", "inputs": {"unet_name": name, "weight_dtype": "default"}}
+    inputs = {**prompt[sampler]["inputs"], "model": ["reloaded", 0]}
+    needed = {value[0] for value in inputs.values() if isinstance(value, list)} - {"reloaded"}
+    reloaded = {node: prompt[node] for node in needed}
+    reloaded |= {"reloaded": loader, sampler: {**prompt[sampler], "inputs": inputs}, "keep": keep_latents(sampler)}
+    return latents(server, server.queue(reloaded))
+
+
+def psnr(one, other):
+    """In dB, of two pictures with 8 bits a channel."""
+    squared = ImageStat.Stat(ImageChops.difference(one, other)).sum2
+    error = sum(squared) / (3 * one.width * one.height)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def megabytes(path):
+    return f"{path.stat().st_size / 1e6:.2f} MB"
+
+
+def main():
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    print("Starting ComfyUI …", flush=True)
+    with ComfyUIServer(FOLDER / "comfyui") as server:
+        started = time.monotonic()
+        outputs, in_graph, prompt = run_example(server)
+        seconds = time.monotonic() - started
+        compared = outputs["StochasticFP8ImageCompare"]
+        pictures = [server.view(compared[f"{side}_images"][0]).convert("RGB") for side in "ab"]
+        name = outputs["StochasticFP8Save"]["text"][0]
+        saved = shutil.copy(server.output / "diffusion_models" / name, FOLDER)
+        same = bool((run_reloaded(server, prompt, name) == in_graph).all())
+    for picture, title in zip(pictures, ("before", "after"), strict=True):
+        picture.save(FOLDER / f"{title}.png")
+    print(f"\nTry it now: {seconds:.1f} s")
+    print(f"  model before   {tiny_models.LANDSCAPES}  {megabytes(tiny_models.LANDSCAPES)}")
+    print(f"  model after    {saved}  {megabytes(FOLDER / name)}")
+    print(f"  picture before {FOLDER / 'before.png'}")
+    print(f"  picture after  {FOLDER / 'after.png'}")
+    print(f"  PSNR           {psnr(*pictures):.1f} dB")
+    print(f"  reloaded file  {'gives the same picture to the bit' if same else 'gives ANOTHER picture'}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
