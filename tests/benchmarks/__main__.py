@@ -1,0 +1,63 @@
+"""`make bench`: how fast and how lean, beside other programs in the same run.
+
+python tests/benchmarks             # tensors on the CPU, and whole files of up to 1.5 GB
+python tests/benchmarks --cpu       # only these sections; also --files
+python tests/benchmarks --big       # files of 10 and 12 GB
+python tests/benchmarks --save      # also into RESULTS.md
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import conftest  # noqa: E402, F401  (loads the pack)
+import cpu_rows  # noqa: E402
+import file_rows  # noqa: E402
+from measure import machine, table  # noqa: E402
+
+RESULTS = HERE / "RESULTS.md"
+SECTIONS = {
+    "cpu": ("Tensors on the CPU, start and figures", cpu_rows.rows),
+    "files": ("Files", file_rows.rows),
+    "big": ("Big files", file_rows.big_rows),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (title, _) in SECTIONS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=title)
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the best of N counts; default: 5")
+    parser.add_argument("--save", action="store_true", help=f"write the sections into {RESULTS.name}")
+    options = parser.parse_args()
+    chosen = [name for name in SECTIONS if getattr(options, name)] or ["cpu", "files"]
+    conditions = machine()
+    print(conditions)
+    for name in chosen:
+        title, rows = SECTIONS[name]
+        print(f"\n{title}\n", flush=True)
+        text = table(rows(options.rounds))
+        print(text, flush=True)
+        if options.save:
+            save(name, f"## {title}\n\n{conditions}\n\n{text}")
+
+
+def save(name, text):
+    """Put a section between its own markers in RESULTS.md, and leave the others as they are."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    section = f"{begin}\n{text}\n{end}\n"
+    whole = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n\nWritten by `make bench`.\n"
+    found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}\n", re.DOTALL)
+    if found.search(whole):
+        whole = found.sub(lambda _: section, whole)
+    else:
+        whole = f"{whole.rstrip()}\n\n{section}"
+    RESULTS.write_text(whole)
+
+
+if __name__ == "__main__":
+    main()

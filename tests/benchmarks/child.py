@@ -1,0 +1,85 @@
+"""Jobs that are measured in a process of their own; the last line of output is their result as JSON.
+
+python child.py quantize IN OUT | several IN... | start COMFYUI
+"""
+
+import asyncio
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+
+
+def quantize(source, target):
+    """One file, every choice at its default."""
+    import conftest  # noqa: F401  (loads the pack)
+    from stochastic_fp8_pack.kernels.checkpoint import quantize_file
+
+    start = time.perf_counter()
+    quantize_file(source, target, overwrite=True)
+    return {"seconds": time.perf_counter() - start}
+
+
+def several(*sources):
+    """The best of three for each file, interleaved (one for files above 4 GB)."""
+    import conftest  # noqa: F401
+    from stochastic_fp8_pack.kernels.checkpoint import quantize_file
+
+    best = {}
+    with tempfile.TemporaryDirectory(dir=Path(sources[0]).parent) as folder:
+        target = Path(folder) / "out.safetensors"
+        quantize_file(sources[0], target)
+        for repetition in range(3):
+            for source in sources:
+                if repetition and Path(source).stat().st_size > 4e9:
+                    continue
+                start = time.perf_counter()
+                quantize_file(source, target, overwrite=True)
+                seconds = time.perf_counter() - start
+                best[source] = min(seconds, best.get(source, seconds))
+    return {"seconds": best}
+
+
+def start(comfyui):
+    """Importing the pack and its nodes where ComfyUI's own modules are imported already."""
+    sys.path[:] = [comfyui, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent)]
+    import comfy.cli_args
+    import utils.extra_config  # noqa: F401  (first, as main.py does: comfy/utils.py would hide it later)
+
+    comfy.cli_args.args.cpu = True
+    import comfy_api.latest  # noqa: F401
+    import server
+
+    loop = asyncio.new_event_loop()
+    server.PromptServer(loop)
+
+    known = set(sys.modules)
+    begin = time.perf_counter()
+    import importlib.util
+
+    root = TESTS.parent
+    name = "stochastic_fp8_pack"
+    spec = importlib.util.spec_from_file_location(name, root / "__init__.py", submodule_search_locations=[str(root)])
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules[name] = pack
+    spec.loader.exec_module(pack)
+    loop.run_until_complete(pack.comfy_entrypoint())
+    seconds = time.perf_counter() - begin
+    heavy = {"matplotlib", "triton", "tqdm"} & (set(sys.modules) - known)
+    return {"seconds": seconds, "heavy": sorted(heavy)}
+
+
+def main():
+    job, *arguments = sys.argv[1:]
+    result = {"quantize": quantize, "several": several, "start": start}[job](*arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(result | {"peak": peak}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Timing contestants side by side, and the rows that say who met which bar."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+WORKSPACE = ROOT / ".build" / "bench"
+CHILD = Path(__file__).with_name("child.py")
+
+
+class Absent(Exception):
+    """A peer or a measurement that cannot be had here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: ours beside another, or beside a limit."""
+
+    what: str
+    ours: str
+    other: str
+    ratio: str = ""
+    bar: str = ""
+    met: bool | None = None
+
+    def cells(self):
+        verdict = {True: "met", False: "NOT met", None: ""}[self.met]
+        return self.what, self.ours, self.other, self.ratio, self.bar, verdict
+
+
+HEADS = ("what", "ours", "against", "ratio", "bar", "")
+
+
+def table(rows):
+    """The rows as a Markdown table whose columns also line up in a terminal."""
+    lines = [HEADS, *(row.cells() for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def faster(what, ours, peer, peer_seconds, at_least=None):
+    """A row in which the ratio says how many times as fast as the peer we are. `ours`: seconds."""
+    if isinstance(peer_seconds, Absent):
+        return Row(what, duration(ours), f"{peer}: absent, {peer_seconds}")
+    ratio = peer_seconds / ours
+    bar, met = (f">= {at_least:g} x", ratio >= at_least) if at_least else ("", None)
+    return Row(what, duration(ours), f"{peer} {duration(peer_seconds)}", f"{ratio:.2f} x", bar, met)
+
+
+def costs(what, ours, other, other_seconds, at_most=None):
+    """A row in which the ratio says how many times the other's time we take."""
+    ratio = ours / other_seconds
+    bar, met = (f"<= {at_most:g} x", ratio <= at_most) if at_most else ("", None)
+    return Row(what, duration(ours), f"{other} {duration(other_seconds)}", f"{ratio:.2f} x", bar, met)
+
+
+def duration(seconds):
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def interleaved(contestants, rounds):
+    """The best time of each: name -> function in, name -> seconds out. Each round runs everyone once.
+
+    A function may return its own seconds. One that raises Absent is absent: its entry is the exception.
+    """
+    best = {}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            if isinstance(best.get(name), Absent):
+                continue
+            try:
+                start = time.perf_counter()
+                own = run()
+                seconds = own if isinstance(own, float) else time.perf_counter() - start
+                best[name] = min(seconds, best.get(name, seconds))
+            except Absent as reason:
+                best[name] = reason
+    return best
+
+
+def in_child(job, *arguments):
+    """Run a job of child.py in a process of its own: what it measured, with `peak` (resident bytes) and `wall`."""
+    start = time.perf_counter()
+    command = [sys.executable, CHILD, job, *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(WORKSPACE / "bytecode")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Absent(f"it failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1]) | {"wall": time.perf_counter() - start}
+
+
+def machine():
+    """What this was measured on, in words."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    load = os.getloadavg()[0]
+    return (
+        f"{cores} CPU cores, {memory:.0f} GB of memory, torch {torch.__version__}, Python {sys.version.split()[0]}; "
+        f"load average {load:.1f} before the run. Times drift on shared machines: compare within a run only."
+    )
