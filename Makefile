@@ -16,7 +16,7 @@ pictures: environment ## the images of the documentation and of the example work
 	@$(PYTHON) tests/pictures.py
 
 lint: environment
-	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m pytest -q tests/js -k clean
 
 format: environment
 	@$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format .

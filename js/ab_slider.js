@@ -6,6 +6,9 @@ import { SLIDER } from "./styles.js";
 const STEP = 2;
 const LARGE_STEP = 10;
 
+/** Percent of the width below which a side is too narrow for its label. */
+const LABEL_ROOM = 10;
+
 export class ABSlider {
   /**
    * @param {{imageUrl: (image: object) => string, amplify: () => number}} page
@@ -38,14 +41,16 @@ export class ABSlider {
     this.empty = element("p", { class: "soft", textContent: "Run the workflow to compare two images here." });
     this.imageA = element("img", { class: "a", alt: "", load: () => this.#fit() });
     this.imageB = element("img", { alt: "" });
+    this.labelA = element("span", { class: "label left", textContent: "A" });
+    this.labelB = element("span", { class: "label right", textContent: "B" });
     this.pictures = element(
       "div",
       { class: "pictures", tabIndex: 0, hidden: true },
       this.imageB,
       this.imageA,
       element("div", { class: "line" }),
-      element("span", { class: "label left", textContent: "A" }),
-      element("span", { class: "label right", textContent: "B" }),
+      this.labelA,
+      this.labelB,
     );
     this.#listen();
     const stage = element("div", { class: "stage" }, this.empty, this.pictures);
@@ -58,7 +63,12 @@ export class ABSlider {
     const view = (name, textContent) =>
       element("button", { type: "button", textContent, "aria-pressed": "false", click: () => this.#view(name) });
     const step = (label, textContent, by) =>
-      element("button", { type: "button", textContent, "aria-label": label, click: () => this.#showPair(this.pair + by) });
+      element("button", {
+        type: "button",
+        textContent,
+        "aria-label": label,
+        click: () => this.#showPair(this.pair + by),
+      });
     this.views = { slider: view("slider", "Slider"), difference: view("difference", "Difference") };
     this.previous = step("Previous pair", "‹", -1);
     this.next = step("Next pair", "›", 1);
@@ -111,6 +121,8 @@ export class ABSlider {
   #move(percent) {
     this.at = Math.max(0, Math.min(100, percent));
     this.pictures.style.setProperty("--at", `${this.at}%`);
+    this.labelA.hidden = this.at < LABEL_ROOM;
+    this.labelB.hidden = this.at > 100 - LABEL_ROOM;
     this.#describe();
   }
 
@@ -126,9 +138,17 @@ export class ABSlider {
     const { pictures } = this;
     const sliding = this.shown !== "difference";
     pictures.setAttribute("role", sliding ? "slider" : "img");
-    pictures.setAttribute("aria-label", sliding ? "Divider between image A and image B" : "Difference between image A and image B");
+    pictures.setAttribute(
+      "aria-label",
+      sliding ? "Divider between image A and image B" : "Difference between image A and image B",
+    );
     const at = Math.round(this.at);
-    const values = { "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": at, "aria-valuetext": `${at} % image A` };
+    const values = {
+      "aria-valuemin": 0,
+      "aria-valuemax": 100,
+      "aria-valuenow": at,
+      "aria-valuetext": `${at} % image A`,
+    };
     for (const [name, value] of Object.entries(values)) {
       if (sliding) pictures.setAttribute(name, value);
       else pictures.removeAttribute(name);

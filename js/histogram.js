@@ -14,7 +14,11 @@ export function histogram({ low, high, counts }) {
   const bins = rebin(counts, low, high, GROUP);
   const total = counts.reduce((sum, n) => sum + n, 0) || 1;
   const largest = Math.max(...bins.map((bin) => bin.count), 1);
-  const caption = element("div", { id: uniqueId("sfp8-bins"), class: "soft", textContent: "Error in steps of the FP8 grid" });
+  const caption = element("div", {
+    id: uniqueId("sfp8-bins"),
+    class: "soft",
+    textContent: "Error in steps of the FP8 grid",
+  });
   const readout = element("span", { textContent: "0" });
   const bars = bins.map((bin) => {
     const bar = element("div");

@@ -1,15 +1,7 @@
 /** What a job does while it runs, and its numbers when it is done. */
 
 import { element } from "./dom.js";
-import {
-  formatCount,
-  formatDecibels,
-  formatSeconds,
-  formatShare,
-  formatSizes,
-  formatSmall,
-  pace,
-} from "./format.js";
+import { formatCount, formatDecibels, formatSeconds, formatShare, formatSizes, formatSmall, pace } from "./format.js";
 import { histogram } from "./histogram.js";
 
 /**
@@ -124,5 +116,10 @@ function worstList(worst) {
       element("span", { class: "number", textContent: formatDecibels(sqnr) }),
     ),
   );
-  return element("div", {}, element("div", { class: "soft", textContent: "Lowest SQNR" }), element("ol", { class: "worst" }, ...items));
+  return element(
+    "div",
+    {},
+    element("div", { class: "soft", textContent: "Lowest SQNR" }),
+    element("ol", { class: "worst" }, ...items),
+  );
 }

@@ -5,7 +5,7 @@ import { formatDecibels, formatSizes, pace } from "./format.js";
 import { keyTarget } from "./histogram.js";
 import { idleView, layerText, runningView, stoppedView, summaryView } from "./live_view.js";
 import { planRequests } from "./plan_request.js";
-import { needsView, planSentence, planView, refusalView } from "./plan_view.js";
+import { needsView, planSentence, planView, refusalView, wiredView } from "./plan_view.js";
 import { PANEL } from "./styles.js";
 
 const DEBOUNCE = 250;
@@ -34,7 +34,7 @@ export class Panel {
     this.planKey = key;
     this.#cancelPlan();
     if (wanted.needs) {
-      this.tabs.plan.panel.replaceChildren(...needsView(wanted.needs));
+      this.#fillPlan(needsView(wanted.needs));
       return;
     }
     this.tabs.plan.panel.classList.add("stale");
@@ -125,11 +125,19 @@ export class Panel {
     const aborter = (this.aborter = new AbortController());
     const answers = await Promise.all(requests.map((request) => this.#answer(request, aborter.signal)));
     if (aborter.signal.aborted || this.removed) return;
+    this.#showPlan(answers, wired);
+  }
+
+  #showPlan(answers, wired) {
     const views = answers.flatMap(({ plan, refusal }) => (plan ? planView(plan) : refusalView(refusal)));
-    if (wired.length) views.push(element("p", { class: "soft", textContent: `Not in this plan, since it comes over a wire: ${wired.join(", ")}` }));
+    this.#fillPlan(wired.length ? [...views, ...wiredView(wired)] : views);
+    const sentences = answers.map(({ plan, refusal }) => (plan ? planSentence(plan) : refusal));
+    if (this.chosen === "plan") this.#say(sentences.join(". "));
+  }
+
+  #fillPlan(children) {
     this.tabs.plan.panel.classList.remove("stale");
-    this.tabs.plan.panel.replaceChildren(...views);
-    if (this.chosen === "plan") this.#say(answers.map(({ plan, refusal }) => (plan ? planSentence(plan) : refusal)).join(". "));
+    this.tabs.plan.panel.replaceChildren(...children);
   }
 
   async #answer(request, signal) {
@@ -143,7 +151,13 @@ export class Panel {
 
 function tab(title) {
   const panelId = uniqueId("sfp8-panel");
-  const button = element("button", { type: "button", role: "tab", id: uniqueId("sfp8-tab"), textContent: title, "aria-controls": panelId });
+  const button = element("button", {
+    type: "button",
+    role: "tab",
+    id: uniqueId("sfp8-tab"),
+    textContent: title,
+    "aria-controls": panelId,
+  });
   const panel = element("div", { role: "tabpanel", id: panelId, tabIndex: 0, "aria-labelledby": button.id });
   return { button, panel };
 }

@@ -46,6 +46,12 @@ export function needsView(text) {
   return [element("p", { class: "soft", textContent: `The plan needs ${text}.` })];
 }
 
+/** The choices that a plan leaves out. */
+export function wiredView(names) {
+  const text = `Not in this plan, since it comes over a wire: ${names.join(", ")}`;
+  return [element("p", { class: "soft", textContent: text })];
+}
+
 /** One plan in a sentence, for a screen reader. */
 export function planSentence(plan) {
   const kept = plan.kept.reduce((sum, row) => sum + row.count, 0);
@@ -108,7 +114,12 @@ function nameList({ names, more }) {
 function hitList(hits) {
   if (!hits.length) return [];
   const items = hits.map(({ pattern, count, yours }) =>
-    element("li", { class: yours ? "yours" : "soft" }, element("span", { class: "name", textContent: pattern }), ` × ${count}`),
+    element(
+      "li",
+      { class: yours ? "yours" : "soft" },
+      element("span", { class: "name", textContent: pattern }),
+      ` × ${count}`,
+    ),
   );
   return [element("ul", { class: "hits", "aria-label": "Patterns and how many tensors they match" }, ...items)];
 }

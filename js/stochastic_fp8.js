@@ -70,6 +70,7 @@ function addSlider(node) {
 
 /** An element as the node's last widget, which is saved neither in the workflow nor in the prompt. */
 function addElement(node, name, host, { width, height }) {
+  host.classList.add(name);
   host.style.minHeight = `${height}px`;
   const widget = node.addDOMWidget(name, name, host, {
     serialize: false,

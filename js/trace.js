@@ -70,7 +70,7 @@ function back({ node, slot }, type, rootGraph) {
 
 /** The node and slot that a link starts at; through the wall of a subgraph if need be. */
 function origin(graph, linkId, rootGraph) {
-  const link = linkId == null ? null : (graph.getLink?.(linkId) ?? graph.links[linkId]);
+  const link = linkOf(graph, linkId);
   if (!link) return null;
   if (link.origin_id !== SUBGRAPH_INPUT) {
     const node = graph.getNodeById(link.origin_id);
@@ -95,14 +95,21 @@ function filesOf(node, rootGraph) {
 function widgetValue(node, name, rootGraph) {
   const slot = node.inputs?.find((candidate) => candidate.widget?.name === name && candidate.link != null);
   if (!slot) return node.widgets?.find((widget) => widget.name === name)?.value;
-  const link = node.graph.getLink?.(slot.link) ?? node.graph.links[slot.link];
-  if (link?.origin_id === SUBGRAPH_INPUT) {
-    const outer = nodeOfSubgraph(rootGraph, node.graph);
-    const outside = outer?.inputs[link.origin_slot];
-    return outside && widgetValue(outer, outside.widget?.name ?? outside.name, rootGraph);
-  }
+  const link = linkOf(node.graph, slot.link);
+  if (link?.origin_id === SUBGRAPH_INPUT) return promotedValue(node.graph, link.origin_slot, rootGraph);
   const source = link && node.graph.getNodeById(link.origin_id);
   return source?.type === "PrimitiveNode" ? source.widgets?.[0]?.value : undefined;
+}
+
+/** The value that a subgraph's input has on the node that shows the subgraph. */
+function promotedValue(subgraph, slot, rootGraph) {
+  const outer = nodeOfSubgraph(rootGraph, subgraph);
+  const input = outer?.inputs[slot];
+  return input && widgetValue(outer, input.widget?.name ?? input.name, rootGraph);
+}
+
+function linkOf(graph, id) {
+  return id == null ? null : (graph.getLink?.(id) ?? graph.links[id]);
 }
 
 /** The node that shows a subgraph, wherever it is. */

