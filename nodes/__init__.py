@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension
 
 from . import routes  # noqa: F401 - answers what the page asks
+from .calibrate import StochasticFP8Calibrate, StochasticFP8LoadCalibration, StochasticFP8SaveCalibration
 from .compare import StochasticFP8Compare, StochasticFP8RoundingCurve
 from .demo import StochasticFP8DemoModel
 from .image_compare import StochasticFP8ImageCompare
@@ -26,6 +27,9 @@ NODES = [
     StochasticFP8Compare,
     StochasticFP8RoundingCurve,
     StochasticFP8ImageCompare,
+    StochasticFP8Calibrate,
+    StochasticFP8SaveCalibration,
+    StochasticFP8LoadCalibration,
 ]
 
 

@@ -7,9 +7,12 @@ from dataclasses import asdict, replace
 
 import torch
 
-from ..kernels import KeptTensor, LayerReport, NonFiniteError, Recipe, Report, quantize_tensor
+from ..kernels import KeptTensor, LayerReport, NonFiniteError, Recipe, Report
+from ..kernels.calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
+from ..kernels.calibration import Calibration
 from ..kernels.layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from ..kernels.presets import TEXT_ENCODER
+from ..kernels.rounding import CALIBRATED
 from ..kernels.version import VERSION
 from .models import Part
 from .networks import ModelError, Network, ScaledWeight, narrow
@@ -33,13 +36,19 @@ def select(network: Network, recipe: Recipe) -> Selection:
 
 
 def quantize_network(
-    network: Network, selection: Selection, recipe: Recipe, device: torch.device, source: str
+    network: Network,
+    selection: Selection,
+    recipe: Recipe,
+    device: torch.device,
+    source: str,
+    calibration: Calibration | None = None,
 ) -> tuple[Part, Report]:
     """Round each selected weight once, its patches included; what was scaled FP8 and is kept stays so.
 
     Raises ModelError naming every tensor with NaN or infinite values (unless nonfinite is "keep"), and for weights
-    that are GGUF or unscaled FP8.
+    that are GGUF or unscaled FP8; CalibrationError where the recipe needs a calibration and there is none.
     """
+    check_calibration(recipe, calibration)
     network.check_source()
     progress = Progress()
     weights = {name: scaled for name, scaled in network.scaled.items() if name not in selection.quantize}
@@ -50,7 +59,7 @@ def quantize_network(
         progress(done, total, name)
         done += network.info(name).nbytes
         try:
-            weights[name], layer = _quantize_weight(network, name, recipe, device)
+            weights[name], layer = _quantize_weight(network, name, recipe, device, calibration)
             layers.append(layer)
             progress.observe(len(layers), len(selection.quantize), layer.error)
         except NonFiniteError as error:
@@ -66,7 +75,7 @@ def quantize_network(
         tuple(layers),
         tuple(_kept(network, name, reason) for name, reason in kept),
         selection.pattern_hits,
-        (*selection.notes, *_notes(network, selection)),
+        (*selection.notes, *_notes(network, selection), *_calibration_notes(recipe, layers)),
     )
     return Part(network, weights), report
 
@@ -113,25 +122,25 @@ def nothing_to_quantize(report: Report) -> ModelError:
     return ModelError(f"nothing to quantize in {report.source}: {text}")
 
 
-def _quantize_weight(network: Network, name: str, recipe: Recipe, device) -> tuple[ScaledWeight, LayerReport]:
+def _quantize_weight(
+    network: Network, name: str, recipe: Recipe, device: torch.device, calibration: Calibration | None
+) -> tuple[ScaledWeight, LayerReport]:
     info = network.info(name)
-    q = quantize_tensor(
-        narrow(network.value(name, device)),
-        format=recipe.format,
-        rounding=recipe.rounding,
-        scaling=recipe.scaling,
-        seed=recipe.seed,
-        key=name,
-        statistics=True,
-    )
+    q = quantize_weight(narrow(network.value(name, device)), name, recipe, calibration)
     home = network.patcher.offload_device
     full_precision = recipe.matmul == "full" and not network.is_text_encoder
-    scaled = ScaledWeight(q.codes.to(home), q.scale.to(home), full_precision, _input_scale(network, name))
-    return scaled, LayerReport(name, info.shape, info.dtype, info.nbytes, q.amax, q.scale.item(), q.error)
+    known = network.scaled[name].input_scale if name in network.scaled else None
+    measured = input_scale(calibration, name, recipe)
+    scaled = ScaledWeight(q.codes.to(home), q.scale.to(home), full_precision, known if measured is None else measured)
+    layer = LayerReport(
+        name, info.shape, info.dtype, info.nbytes, q.amax, q.scale.item(), q.error, output_error=q.output_error
+    )
+    return scaled, layer
 
 
-def _input_scale(network: Network, name: str) -> torch.Tensor | None:
-    return network.scaled[name].input_scale if name in network.scaled else None
+def _calibration_notes(recipe: Recipe, layers: Iterable[LayerReport]) -> Iterable[str]:
+    if recipe.rounding == CALIBRATED.name:
+        yield from calibration_notes({layer.key: layer.output_error for layer in layers})
 
 
 def _kept(network: Network, name: str, reason: str) -> KeptTensor:

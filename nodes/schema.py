@@ -15,6 +15,9 @@ CATEGORY = "model/quantization"
 FP8Report = io.Custom("FP8_REPORT")
 """The socket type of kernels.Report."""
 
+FP8Calibration = io.Custom("FP8_CALIBRATION")
+"""The socket type of kernels.calibration.Calibration."""
+
 
 def fit(factory: Callable[..., T], *arguments, **keywords) -> T:
     """factory(*arguments, **keywords), less the keywords that the running version of it does not know."""
