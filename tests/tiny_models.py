@@ -132,6 +132,46 @@ def wan_shapes(layers=2, dim=128, feed_forward=256, text_width=4096):
     return shapes
 
 
+def hunyuan_video_shapes(dim=128):
+    """HunyuanVideo, one block of each kind: its query and key norms are published as ``scale``."""
+    embedders = {
+        "guidance_in": 256,
+        "time_in": 256,
+        "vector_in": 768,
+        "txt_in.c_embedder": 4096,
+        "txt_in.t_embedder": 256,
+    }
+    shapes = {
+        "img_in.proj.weight": (dim, 16, 1, 2, 2),
+        "img_in.proj.bias": (dim,),
+        **linear_shapes("txt_in.input_embedder", 4096, dim),
+        **linear_shapes("final_layer.linear", dim, 64),
+        **linear_shapes("final_layer.adaLN_modulation.1", dim, 2 * dim),
+        **linear_shapes("single_blocks.0.linear1", dim, 7 * dim),
+        **linear_shapes("single_blocks.0.linear2", 5 * dim, dim),
+        **linear_shapes("single_blocks.0.modulation.lin", dim, 3 * dim),
+    }
+    for name, width in embedders.items():
+        shapes |= linear_shapes(f"{name}.in_layer", width, dim) | linear_shapes(f"{name}.out_layer", dim, dim)
+    for norm in ("single_blocks.0.norm", "double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm"):
+        shapes |= {f"{norm}.{part}_norm.scale": (dim,) for part in ("query", "key")}
+    for stream in ("img", "txt"):
+        block = f"double_blocks.0.{stream}"
+        shapes |= linear_shapes(f"{block}_mod.lin", dim, 6 * dim)
+        shapes |= _attention_and_mlp_shapes(f"{block}_attn", f"{block}_mlp", dim)
+    for index in range(2):
+        block = f"txt_in.individual_token_refiner.blocks.{index}"
+        shapes |= {f"{block}.norm{i}.{part}": (dim,) for i in (1, 2) for part in ("weight", "bias")}
+        shapes |= linear_shapes(f"{block}.adaLN_modulation.1", dim, 2 * dim)
+        shapes |= _attention_and_mlp_shapes(f"{block}.self_attn", f"{block}.mlp", dim)
+    return shapes
+
+
+def _attention_and_mlp_shapes(attention, mlp, dim):
+    shapes = linear_shapes(f"{attention}.qkv", dim, 3 * dim) | linear_shapes(f"{attention}.proj", dim, dim)
+    return shapes | linear_shapes(f"{mlp}.0", dim, 4 * dim) | linear_shapes(f"{mlp}.2", 4 * dim, dim)
+
+
 def write_sd3(path, *, depth=2, context=64, pooled=64, seed=0, dtype=torch.bfloat16, metadata=None):
     """A Stable Diffusion 3 diffusion model, for UNETLoader."""
     return save(state_dict(sd3_shapes(depth, context, pooled), seed=seed, dtype=dtype), path, metadata)
@@ -140,6 +180,11 @@ def write_sd3(path, *, depth=2, context=64, pooled=64, seed=0, dtype=torch.bfloa
 def write_wan(path, *, layers=2, dim=128, seed=0, dtype=torch.bfloat16, metadata=None):
     """A Wan 2.1 text-to-video diffusion model, for UNETLoader; conditioning 4096 wide, without a pooled output."""
     return save(state_dict(wan_shapes(layers, dim), seed=seed, dtype=dtype), path, metadata)
+
+
+def write_hunyuan_video(path, *, seed=0, dtype=torch.bfloat16, metadata=None):
+    """A HunyuanVideo diffusion model, for UNETLoader; conditioning 4096 wide, pooled output 768."""
+    return save(state_dict(hunyuan_video_shapes(), seed=seed, dtype=dtype), path, metadata)
 
 
 def write_sd3_lora(path, *, depth=2, rank=4, strength=0.5, seed=1, dtype=torch.bfloat16):

@@ -56,6 +56,13 @@ FAMILIES = {
         0,
         ("EmptyHunyuanLatentVideo", {"width": 64, "height": 64, "length": 5}),
     ),
+    "hunyuan_video": Family(
+        "hunyuan_video.safetensors",
+        tiny_models.write_hunyuan_video,
+        4096,
+        768,
+        ("EmptyHunyuanLatentVideo", {"width": 64, "height": 64, "length": 5}),
+    ),
 }
 
 

@@ -79,15 +79,18 @@ def test_the_source_model_stays_as_it_is(bench):
     assert digests[0] == digests[1]
 
 
-def test_untouched_tensors_keep_their_values(bench):
-    source = load_file(bench.model_file("sd3"))
-    path = quantize_and_save(bench, "sd3", "untouched")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_untouched_tensors_keep_their_names_and_values(bench, family):
+    """Under the published names: newer versions rename some tensors inside the module (HunyuanVideo's norms)."""
+    source = load_file(bench.model_file(family))
+    path = quantize_and_save(bench, family, f"untouched_{family}")
     codes, _ = codes_and_scales(path)
-    saved = load_file(path)
+    saved = {key: tensor for key, tensor in load_file(path).items() if not key.endswith(("_scale", ".comfy_quant"))}
+    assert saved.keys() == source.keys()
     rest = source.keys() - codes.keys()
     assert len(rest) > 30
     assert all(torch.equal(saved[key].double(), source[key].double()) for key in rest)
-    assert path.stat().st_size < 0.75 * bench.model_file("sd3").stat().st_size
+    assert path.stat().st_size < 0.95 * bench.model_file(family).stat().st_size
 
 
 def test_only_linear_weights_of_the_preset_are_quantized(bench):
