@@ -21,6 +21,9 @@ from .scaling import SCALINGS, SMALLEST_SCALE
 FEW_ROWS = 3000
 """A layer that saw fewer rows is mentioned in the notes."""
 
+MOST_NAMED = 20
+"""Layers that one note lists."""
+
 INPUT_MARGIN = 1.25
 """Room above the largest input that was seen: other prompts go further. On a logarithmic grid it costs nothing."""
 
@@ -116,7 +119,8 @@ def calibration_notes(errors: Mapping[str, OutputError | None]) -> Iterator[str]
     )
     for keys, text in groups:
         if keys:
-            yield f"{len(keys)} of {len(errors)} layers were {text}: {', '.join(keys)}"
+            more = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
+            yield f"{len(keys)} of {len(errors)} layers were {text}: {', '.join(keys[:MOST_NAMED])}{more}"
 
 
 def _measure(

@@ -97,7 +97,7 @@ class Calibration:
                     f"and {layer.width} in the other; calibrate this model anew"
                 )
             layers[key] = layers[key] + layer if key in layers else layer
-        return Calibration(layers, other.source or self.source)
+        return Calibration(layers, " + ".join(filter(None, (self.source, other.source))))
 
     @property
     def nbytes(self) -> int:

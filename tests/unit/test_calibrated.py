@@ -123,3 +123,9 @@ def test_the_report_carries_it_as_json():
     layer = LayerReport(KEY, (48, 64), "bfloat16", 6144, 1.0, 0.5, output_error=OutputError(4000, 0.02, 0.01))
     report = Report("m.safetensors", "unknown", RECIPE, (layer,))
     assert Report.from_json(report.to_json()) == report
+
+
+def test_a_note_names_so_many_layers_and_counts_the_rest():
+    (note,) = calibration_notes({f"layer{i}": None for i in range(25)})
+    assert note.startswith("25 of 25 layers")
+    assert note.endswith(": " + ", ".join(f"layer{i}" for i in range(20)) + " and 5 more")

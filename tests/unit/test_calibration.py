@@ -104,7 +104,9 @@ def test_non_finite_inputs_are_an_error_that_names_the_layer(value, text):
 def test_two_runs_make_one():
     first, second, other = inputs(40, 48), inputs(25, 48, seed=1), inputs(9, 32)
     both = observed(first, second).layers[KEY]
-    merged = observed(first) + observed(second) + observed(other, key="head.weight")
+    merged = observed(first) + observed(second) + Calibration(observed(other, key="head.weight").layers, "heads")
+    assert merged.source == "heads"
+    assert (Calibration({}, "a") + Calibration({}, "b")).source == "a + b"
     assert set(merged.layers) == {KEY, "head.weight"}
     layer = merged.layers[KEY]
     assert (layer.rows, layer.amax) == (65, both.amax)

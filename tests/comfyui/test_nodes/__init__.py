@@ -152,6 +152,24 @@ class ModelInfo:
         return {"ui": {"text": [json.dumps(info)]}}
 
 
+class Hooks:
+    """Counts the forward hooks on a MODEL's modules."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "count"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def count(self, model):
+        modules = list(model.model.modules())
+        hooks = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules)
+        return {"ui": {"text": [json.dumps(hooks)]}}
+
+
 class Wait:
     """Passes a LATENT on after some seconds, with progress, and can be cancelled."""
 
@@ -196,6 +214,7 @@ _NODES = (
     LoadLatentTensor,
     ShowText,
     ModelInfo,
+    Hooks,
     Wait,
     Fail,
     *MODEL_NODES,

@@ -1,0 +1,218 @@
+"""Calibration in a real ComfyUI: what is observed, what is left behind, what is saved, and what it gains."""
+
+import json
+
+import pytest
+import torch
+from comfyui.graph import Graph
+from comfyui.pack import quantize, recipe_of, save
+from comfyui.server import ExecutionError, ExecutionInterrupted
+from safetensors.torch import load_file, save_file
+from stochastic_fp8_pack.kernels.calibration import load_calibration
+from tiny_models import LANDSCAPES
+
+ROWS_A_STEP = {"x": 2 * 256, "context": 2 * 8, "vector": 2}
+"""Of one 256 x 256 image, prompt and empty prompt together: patches of the latent, tokens, conditioning vectors."""
+
+
+def calibrate(graph, scene, latent, **settings):
+    defaults = {"seed": 0, "steps": 2, "cfg": 2.5, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    inputs = {"model": scene[0], "positive": scene[1], "negative": scene[2], "latent_image": latent}
+    return graph.add("StochasticFP8Calibrate", **inputs, **{**defaults, "runs": 1, **settings})
+
+
+def landscape(graph, word="day"):
+    scene = graph.add("StochasticFP8DemoModel", scene=word)
+    return scene, graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=1)
+
+
+def saved_calibration(bench, graph, calibration, name):
+    node = graph.add("StochasticFP8SaveCalibration", calibration=calibration, filename_prefix=name)
+    shown = graph.add("TestShowText", value=node)
+    (text,) = bench.texts(graph, shown)
+    return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def calibration_file(bench):
+    """The name of a calibration of two words, four steps each."""
+    graph = Graph()
+    calibration = {}
+    for word in ("day", "night"):
+        calibration = {"calibration": calibrate(graph, *landscape(graph, word), steps=4, **calibration)}
+    return saved_calibration(bench, graph, calibration["calibration"], "landscapes")
+
+
+def path_of(bench, name):
+    return bench.server.output / "fp8_calibrations" / name
+
+
+def loaded(graph, name):
+    return graph.add("StochasticFP8LoadCalibration", calibration_name=name)
+
+
+def test_every_linear_is_observed_over_all_runs(bench, calibration_file):
+    layers = load_calibration(path_of(bench, calibration_file)).layers
+    linear = {key: tensor for key, tensor in load_file(LANDSCAPES).items() if tensor.ndim == 2 and "pos" not in key}
+    assert {key: layer.width for key, layer in layers.items()} == {key: w.shape[1] for key, w in linear.items()}
+    assert len(layers) == 34
+    steps = 8  # two words, four steps
+    assert layers["joint_blocks.0.x_block.attn.qkv.weight"].rows == steps * ROWS_A_STEP["x"]
+    assert layers["joint_blocks.0.context_block.attn.qkv.weight"].rows == steps * ROWS_A_STEP["context"]
+    assert layers["joint_blocks.0.x_block.adaLN_modulation.1.weight"].rows == steps * ROWS_A_STEP["vector"]
+
+
+def test_what_is_observed_is_what_flows(bench):
+    """The context embedder's inputs are the prompt itself and zeros: its moment is known beforehand."""
+    graph = Graph()
+    name = saved_calibration(bench, graph, calibrate(graph, *landscape(graph, "dusk"), steps=1), "known")
+    layer = load_calibration(path_of(bench, name)).layers["context_embedder.weight"]
+    prompt = load_file(LANDSCAPES.parent / "tiny_conditioning.safetensors")["dusk.cond"][0].double()
+    torch.testing.assert_close(layer.moment()[0].double(), prompt.T @ prompt / 16, rtol=1e-3, atol=1e-4)
+    assert layer.amax == pytest.approx(prompt.abs().max().item(), rel=1e-3)
+
+
+def test_calibrating_samples_as_the_sampler_does_and_leaves_nothing(bench):
+    """The same latent with and without being observed, and again afterwards with the model that was."""
+    graph = Graph()
+    scene, latent = landscape(graph)
+    node = calibrate(graph, (scene[0], scene[1], scene[2]), latent, seed=7)
+    observed = bench.keep(graph, node[1])
+    plain = bench.keep(graph, graph.sample(scene[0], scene[1], scene[2], latent, seed=7, cfg=2.5))
+    first, second = bench.run(graph, observed, plain)
+    assert torch.equal(first, second)
+
+
+def test_a_quantized_model_is_better_calibrated(bench, calibration_file):
+    graph = Graph()
+    scene, latent = landscape(graph)
+    models = {
+        "original": scene[0],
+        "nearest": quantize(graph, scene, rounding="nearest", layers="all_linear"),
+        "calibrated": quantize(
+            graph, scene, rounding="calibrated", layers="all_linear", calibration=loaded(graph, calibration_file)
+        ),
+    }
+    kept = [
+        bench.keep(graph, graph.sample(model, scene[1], scene[2], latent, seed=99, steps=4, cfg=2.5))
+        for model in models.values()
+    ]
+    original, nearest, calibrated = bench.run(graph, *kept)
+    errors = [(latent - original).square().mean().item() for latent in (calibrated, nearest)]
+    assert errors[0] < 0.6 * errors[1], errors
+
+
+def test_graph_and_file_give_the_same_bytes(bench, calibration_file):
+    graph = Graph()
+    choices = {"rounding": "calibrated", "layers": "all_linear", "calibration": loaded(graph, calibration_file)}
+    saver = save(graph, "calibrated_graph", model=quantize(graph, bench.load(graph, "sd3"), **choices))
+    bench.model_file("sd3")
+    job = graph.add(
+        "StochasticFP8QuantizeFile",
+        file="diffusion_models/sd3.safetensors",
+        filename_prefix="calibrated_file",
+        format="float8_e4m3fn",
+        scaling="absmax",
+        seed=0,
+        layout="native",
+        overwrite=False,
+        requantize=False,
+        **choices,
+    )
+    names = bench.texts(graph, saver, job)
+    graph_file, file_file = (load_file(bench.saved(name)) for name in names)
+    for key, tensor in file_file.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            assert torch.equal(tensor.view(torch.uint8), graph_file[key].view(torch.uint8)), key
+    recipe = recipe_of(bench.saved(names[0]))
+    assert (recipe["rounding"], recipe["calibration"]) == (
+        "calibrated",
+        "SD3, 1 run of 4 steps + SD3, 1 run of 4 steps",
+    )
+
+
+def test_fp8_matmul_gets_input_scales(bench, calibration_file):
+    graph = Graph()
+    model = quantize(
+        graph, bench.load(graph, "sd3"), rounding="nearest", matmul="fp8", calibration=loaded(graph, calibration_file)
+    )
+    saver = save(graph, "with_input_scales", model=model)
+    tensors = load_file(bench.saved(bench.texts(graph, saver)[0]))
+    seen = load_calibration(path_of(bench, calibration_file)).layers
+    scales = {name.removesuffix(".input_scale"): tensors[name] for name in tensors if name.endswith(".input_scale")}
+    assert len(scales) == len([name for name in tensors if name.endswith(".weight_scale")])
+    for layer, scale in scales.items():
+        assert float(scale) == pytest.approx(1.25 * seen[f"{layer}.weight"].amax / 448)
+
+
+def test_a_patched_model_is_calibrated(bench, calibration_file):
+    """The weights that are rounded are the patched ones, as with a LoRA."""
+    graph = Graph()
+    scene, _ = landscape(graph)
+    halved = graph.add("ModelMergeSimple", model1=scene[0], model2=scene[0], ratio=0.5)
+    quantized = quantize(graph, halved, rounding="calibrated", calibration=loaded(graph, calibration_file))
+    assert "rounded to nearest" not in " ".join(report_notes(bench, graph, quantized))
+
+
+def report_notes(bench, graph, quantized):
+    text = graph.add("StochasticFP8LayerReport", report=quantized[1])
+    shown = graph.add("TestShowText", value=text[2])
+    return json.loads(json.loads(bench.texts(graph, shown)[0]))["notes"]
+
+
+def test_without_a_calibration_the_error_says_what_to_connect(bench):
+    graph = Graph()
+    bench.keep(graph, landscape(graph)[1])
+    quantized = quantize(graph, bench.load(graph, "sd3"), rounding="calibrated")
+    save(graph, "never", model=quantized)
+    with pytest.raises(ExecutionError, match="connect FP8 Calibration or Load FP8 Calibration"):
+        bench.server.queue(graph.prompt)
+
+
+def test_another_models_calibration_is_told_of(bench, calibration_file):
+    graph = Graph()
+    model = bench.load(graph, "wan")
+    quantized = quantize(graph, model, rounding="calibrated", calibration=loaded(graph, calibration_file))
+    notes = " ".join(report_notes(bench, graph, quantized))
+    assert "rounded to nearest, since the calibration never saw them or saw another width there" in notes
+
+
+def test_a_cancel_leaves_no_hook(bench):
+    """A hook that stayed would see the next run too, of the same cached model, and fail on the NaN below."""
+    graph = Graph()
+    scene, latent = landscape(graph, "dawn")
+    node = calibrate(graph, scene, latent, steps=200)
+    bench.keep(graph, node[1])
+    seen = []
+
+    def interrupt_once(kind, data):
+        if kind == "progress" and not seen:
+            seen.append(data)
+            bench.server.interrupt()
+
+    with pytest.raises(ExecutionInterrupted):
+        bench.server.queue(graph.prompt, on_event=interrupt_once)
+    assert seen
+    assert hooks_on(bench, "dawn") == 0
+
+
+def test_an_error_leaves_no_hook(bench):
+    """A prompt of NaN makes the first layer's inputs NaN, which is an error that names the layer."""
+    bench.server.base.joinpath("input").mkdir(exist_ok=True)
+    broken = {"nan.cond": torch.full((1, 8, 64), float("nan")), "nan.pooled_output": torch.zeros(1, 64)}
+    save_file(broken, bench.server.base / "input" / "broken.safetensors")
+    graph = Graph()
+    scene, latent = landscape(graph, "dawn")
+    positive = graph.add("TestFileConditioning", file="broken.safetensors", word="nan")
+    bench.keep(graph, calibrate(graph, (scene[0], positive[0], scene[2]), latent)[1])
+    with pytest.raises(ExecutionError, match="the inputs of layer 'context_embedder' hold 512 NaN"):
+        bench.server.queue(graph.prompt)
+    assert hooks_on(bench, "dawn") == 0
+
+
+def hooks_on(bench, word):
+    """How many forward hooks the cached model carries."""
+    graph = Graph()
+    scene, _ = landscape(graph, word)
+    node = graph.add("TestHooks", model=scene[0])
+    return json.loads(bench.texts(graph, node)[0])
