@@ -37,6 +37,11 @@ def stream_key(seed: int, rounding: str, tensor_key: str) -> int:
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "little")
 
 
+def stream_from(stream: int, block: int) -> int:
+    """The stream whose first block is another one's `block`: SplitMix64 only adds up its positions."""
+    return (stream + block * SPLITMIX_GAMMA) & _MASK_64
+
+
 def block_keys(stream: int, first_block: int, blocks: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The two 32-bit keys of each of `blocks` blocks, int32 (blocks, 2): SplitMix64 at positions first_block, ..."""
     words = [_splitmix64(stream, block) for block in range(first_block, first_block + blocks)]

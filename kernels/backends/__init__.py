@@ -1,15 +1,19 @@
-"""One job, (flat tensor, scale) -> (codes, statistics), on different devices: the same bytes, at different speeds."""
+"""Two jobs, flat tensor -> amax and (flat tensor, scale) -> (codes, statistics), on different devices.
+
+The same results, at different speeds.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from ..error import ErrorStatistics
-from . import cpu, reference
+from . import cpu, nvidia, reference
 
 log = logging.getLogger("stochastic_fp8")
 
@@ -18,20 +22,23 @@ log = logging.getLogger("stochastic_fp8")
 class Backend:
     """`round_tensor(flat, scale, amax, format, rounding, stream, statistics)` -> (codes, ErrorStatistics or None).
 
-    flat: contiguous float tensor (n,), finite. scale: fp32 0-dim on its device. amax: its largest magnitude.
-    stream: random_bits.stream_key. codes: uint8 (n,) on the same device.
+    flat: contiguous float tensor (n,), finite. scale: fp32 0-dim on the CPU. amax: its largest magnitude.
+    stream: random_bits.stream_key. codes: uint8 (n,) on flat's device.
+    `tensor_to_amax(flat)` -> float: as scaling.tensor_to_amax, NaN or infinite where the tensor holds such a value.
     `unavailable(x)` says in words why the backend cannot serve a tensor, or returns None.
     """
 
     name: str
     round_tensor: Callable[..., tuple[torch.Tensor, ErrorStatistics | None]]
     unavailable: Callable[[torch.Tensor], str | None]
+    tensor_to_amax: Callable[[torch.Tensor], float] = reference.tensor_to_amax
 
 
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", cpu.round_tensor, cpu.unavailable),
+        Backend("nvidia", nvidia.round_tensor, nvidia.unavailable, nvidia.tensor_to_amax),
         Backend("reference", reference.round_tensor, reference.unavailable),
     )
 }
@@ -45,5 +52,11 @@ def choose_backend(x: torch.Tensor) -> Backend:
         refusals[backend.name] = backend.unavailable(x)
         if refusals[backend.name] is None:
             return backend
-        log.debug("backend %s cannot serve %s: %s", backend.name, x.device, refusals[backend.name])
+        _log_refusal(backend.name, x.device, refusals[backend.name])
     raise RuntimeError("no backend can quantize this tensor: " + "; ".join(f"{k}: {v}" for k, v in refusals.items()))
+
+
+@cache
+def _log_refusal(name: str, device: torch.device, reason: str) -> None:
+    """Once each, not for every tensor."""
+    log.debug("backend %s cannot serve %s: %s", name, device, reason)

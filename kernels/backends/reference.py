@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import scaling
 from ..error import ErrorStatistics, measure, merge
 from ..formats import Float8Format
 from ..random_bits import BLOCK, random_words
@@ -18,6 +19,11 @@ def unavailable(x: torch.Tensor) -> str | None:
     return None
 
 
+def tensor_to_amax(flat: torch.Tensor) -> float:
+    """See backends.Backend."""
+    return scaling.tensor_to_amax(flat).item()
+
+
 def round_tensor(
     flat: torch.Tensor,
     scale: torch.Tensor,
@@ -29,6 +35,7 @@ def round_tensor(
 ) -> tuple[torch.Tensor, ErrorStatistics | None]:
     """See backends.Backend."""
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    scale = scale.to(flat.device)
     parts = []
     for start in range(0, flat.numel(), CHUNK):
         source = flat[start : start + CHUNK]

@@ -1,0 +1,171 @@
+"""The GPU's kernels in Triton's interpreter, on the CPU: the reference's bytes, its statistics, IEEE divisions.
+
+Triton looks at TRITON_INTERPRET when it is first imported and again at each launch.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, SCALINGS
+from stochastic_fp8_pack.kernels.backends import BACKENDS, nvidia, reference
+from stochastic_fp8_pack.kernels.random_bits import stream_key
+from stochastic_fp8_pack.kernels.scaling import amax_to_scale
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TRITON_INTERPRET", "1")
+    import triton
+    import triton.language as tl
+    from stochastic_fp8_pack.kernels.backends import triton_kernels
+
+    @triton.jit
+    def divide(x, divisor, quotient, WIDE: tl.constexpr, TILE: tl.constexpr):
+        index = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        by = tl.load(divisor + index)
+        result = triton_kernels._divide(tl.load(x + index), by, tl.div_rn(1.0, by), WIDE)
+        tl.store(quotient + index, result)
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+formats = pytest.mark.parametrize("format", FORMATS)
+roundings = pytest.mark.parametrize("rounding", ROUNDINGS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def weights(n, dtype="bfloat16", seed=0):
+    """Weights with outliers, tiny values, powers of two, ties and both zeros."""
+    rng = np.random.default_rng([seed, n])
+    values = rng.standard_normal(n) * np.exp(2 * rng.standard_normal(n))
+    special = [0.0, -0.0, 448.0, -448.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10, 17.0, 18.0, -19.0, 1.0625, 2.0**-30]
+    values[: len(special)] = special[:n]
+    return torch.from_numpy(values).clamp(-6e4, 6e4).to(DTYPES[dtype])
+
+
+def both(x, format, rounding, scaling="absmax", statistics=False, seed=1):
+    """(codes, statistics) of the kernels, and of the reference."""
+    amax = reference.tensor_to_amax(x)
+    scale = amax_to_scale(torch.tensor(amax), FORMATS[format], SCALINGS[scaling])
+    stream = stream_key(seed, rounding, "layer.weight")
+    arguments = (x, scale, amax, FORMATS[format], ROUNDINGS[rounding], stream, statistics)
+    return nvidia.round_tensor(*arguments), reference.round_tensor(*arguments)
+
+
+@roundings
+@formats
+@dtypes
+def test_the_bytes_are_the_references(dtype, format, rounding):
+    for scaling in SCALINGS:
+        (codes, _), (expected, _) = both(weights(1500, dtype), format, rounding, scaling)
+        assert torch.equal(codes, expected), scaling
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1023, 65537, 131072 + 3])
+def test_the_bytes_are_the_references_at_any_size(n):
+    (codes, _), (expected, _) = both(weights(n), "float8_e4m3fn", "stochastic", seed=2**64 - 1)
+    assert torch.equal(codes, expected)
+
+
+def test_an_offset_tensor_has_the_words_of_its_own_indices():
+    x = weights(3000)
+    (codes, _), (expected, _) = both(x[1:], "float8_e4m3fn", "owlshift")
+    assert torch.equal(codes, expected)
+
+
+@roundings
+@formats
+@pytest.mark.parametrize("scaling", ["absmax", "none"])
+def test_the_statistics_are_the_references(scaling, format, rounding):
+    x = weights(1500, seed=3) * 10
+    (codes, ours), (expected, theirs) = both(x, format, rounding, scaling, statistics=True)
+    assert torch.equal(codes, expected)
+    compare(ours, theirs)
+    assert (ours.saturated > 0) == (scaling == "none" and format == "float8_e4m3fn")
+
+
+@pytest.mark.parametrize("n", [0, 1, 131072 + 9])
+def test_the_statistics_are_the_references_at_any_size(n):
+    (codes, ours), (expected, theirs) = both(weights(n, "float32"), "float8_e5m2", "shift_perturb", statistics=True)
+    assert torch.equal(codes, expected)
+    compare(ours, theirs)
+
+
+def compare(ours, theirs):
+    for name in ("count", "saturated", "flushed", "exact", "amax", "step_histogram", "relative_histogram"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    magnitude = math.sqrt(theirs.count * theirs.sum_squared_error)
+    assert ours.sum_error == pytest.approx(theirs.sum_error, abs=1e-6 * magnitude)
+    for name in ("sum_squared_error", "sum_squared", "max_error"):
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-6)
+
+
+def test_statistics_of_a_tensor_that_is_known():
+    """16.5 lies a quarter of a step above 16, and 2^-11 a quarter above 0."""
+    x = torch.tensor([448.0, -448.0, 16.5, -(2.0**-11), 0.0, -0.0])
+    (codes, error), _ = both(x, "float8_e4m3fn", "nearest", statistics=True)
+    assert codes.tolist() == [0x7E, 0xFE, 0x58, 0x80, 0x00, 0x80]
+    assert (error.count, error.exact, error.flushed, error.saturated) == (6, 4, 1, 0)
+    assert error.sum_error == -0.5 + 2.0**-11
+    assert error.max_error == 0.5
+    assert error.sum_squared == 2 * 448.0**2 + 16.5**2
+    # Bins of 1/32 step: -1/4 for 16.5 and +1/4 for the negative one, around the middle bin.
+    assert {i: count for i, count in enumerate(error.step_histogram) if count} == {32: 1, 40: 4, 48: 1}
+    # Two bins an octave from 2^-32: 0.5/448 = 1.14 * 2^-10, and 2^-11/448 = 1.14 * 2^-20.
+    assert {i: count for i, count in enumerate(error.relative_histogram) if count} == {24: 1, 44: 1}
+
+
+@dtypes
+def test_amax(dtype):
+    for n in (0, 1, 7, 20_000):
+        x = weights(n, dtype, seed=4)
+        assert nvidia.tensor_to_amax(x) == (x.abs().max().float().item() if n else 0)
+
+
+@pytest.mark.parametrize("where", [0, 16_383, 16_384, 19_999])
+@dtypes
+def test_amax_shows_nan_and_infinity_wherever_they_are(dtype, where):
+    x = weights(20_000, dtype)
+    x[where] = -math.inf
+    assert nvidia.tensor_to_amax(x) == math.inf
+    x[10], x[where] = math.inf, math.nan
+    assert math.isnan(nvidia.tensor_to_amax(x))
+
+
+def test_amax_of_fp64_beyond_the_range_of_fp32_is_infinite():
+    assert nvidia.tensor_to_amax(torch.tensor([-1e300, 1.0], dtype=torch.float64)) == math.inf
+
+
+def test_divisions_are_those_of_ieee():
+    rng = np.random.default_rng(5)
+    hard = [0xFFFFFF, 0x800001, 0x800000, 0xFFFFFE, *rng.integers(1 << 23, 1 << 24, 60)]
+    few_bits = np.repeat(np.arange(1024, 2048), len(hard)).astype(np.float32)
+    many_bits = rng.integers(1 << 23, 1 << 24, len(few_bits)).astype(np.float32)
+    divisors = np.tile(np.array(hard, np.float32) * np.float32(2.0**-30), 1024)
+    for x, wide in ((few_bits, False), (many_bits, True), (many_bits * np.float32(1e-20), True)):
+        quotients = torch.empty(len(x))
+        divide[(len(x) // 8192,)](torch.from_numpy(x), torch.from_numpy(divisors), quotients, WIDE=wide, TILE=8192)
+        np.testing.assert_array_equal(quotients.numpy(), x / divisors)
+
+
+def test_it_declines_what_is_not_on_an_nvidia_gpu():
+    assert nvidia.unavailable(torch.ones(1)) == "it computes on NVIDIA GPUs only"
+    assert list(BACKENDS) == ["cpu", "nvidia", "reference"]
+
+
+def test_without_triton_it_declines_and_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert nvidia._why_triton_fails.__wrapped__(torch.device("cuda")) == "Triton is not installed"
+
+
+def test_where_triton_fails_it_declines_with_the_reason(monkeypatch):
+    def fail(flat):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(nvidia, "tensor_to_amax", fail)
+    assert "Failed to find C compiler" in nvidia._why_triton_fails.__wrapped__(torch.device("cpu"))
