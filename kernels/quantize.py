@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
 from .backends import choose_backend
 from .choices import choose
-from .error import ErrorStatistics, evenly_spaced
+from .devices import slices, to_device, with_enough_memory
+from .error import ErrorStatistics, evenly_spaced, merge
 from .formats import FORMATS, Float8Format
 from .output_error import OutputError
-from .random_bits import stream_key
+from .random_bits import BLOCK, stream_from, stream_key
 from .rounding import ROUNDINGS
-from .scaling import SCALINGS, Scaling, amax_to_scale, tensor_to_amax
+from .scaling import SCALINGS, Scaling, amax_to_scale
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,31 +60,39 @@ def quantize_tensor(
     scale 1; -0.0 keeps its sign; values beyond the format's range saturate (only with scaling "none").
     format, rounding, scaling: keys of FORMATS, ROUNDINGS, SCALINGS. seed: 0..2^64-1.
     key: the tensor key (bare ComfyUI layer name + ".weight"), which with the seed decides the random words.
-    device: where to compute; the result returns to x's device. Default: where x is.
+    device: where to compute, as far as its memory goes; the result returns to x's device. Default: where x is.
 
     Raises ValueError for an unknown choice, TypeError for a dtype that is no plain float, NonFiniteError for NaN or
     infinite values (fp64 values beyond fp32's range included).
     """
     float8 = choose(FORMATS, format, "format")
     method = choose(ROUNDINGS, rounding, "rounding")
-    flat, amax, scale = scale_tensor(x, float8, choose(SCALINGS, scaling, "scaling"), key, device)
-    backend = choose_backend(flat)
-    stream = stream_key(seed, rounding, key)
-    codes, error = backend.round_tensor(flat, scale, amax, float8, method, stream, statistics)
-    return finish(x, flat, codes.view(float8.dtype), scale, amax, error)
+    scaler = choose(SCALINGS, scaling, "scaling")
+    flat, stream = _flat(x, key), stream_key(seed, rounding, key)
+
+    def quantize(device: torch.device, slice_size: int) -> QuantizedTensor:
+        parts = slices(flat, device, slice_size)
+        amax = _amax(parts, flat, key)
+        scale = amax_to_scale(torch.tensor(amax), float8, scaler)
+        codes, errors = [], []
+        for start, part in parts:
+            part_stream = stream_from(stream, start // BLOCK)
+            results = choose_backend(part).round_tensor(part, scale, amax, float8, method, part_stream, statistics)
+            codes.append(to_device(results[0], flat.device))
+            errors.append(results[1])
+        codes = torch.cat(codes) if len(codes) > 1 else codes[0]
+        return finish(x, flat, codes.view(float8.dtype), scale, amax, merge(errors) if statistics else None)
+
+    return with_enough_memory(quantize, torch.device(device or x.device), flat.numel(), key)
 
 
 def scale_tensor(
     x: torch.Tensor, format: Float8Format, scaling: Scaling, key: str, device: torch.device | str | None
 ) -> tuple[torch.Tensor, float, torch.Tensor]:
     """A tensor, flat and on `device`, with its amax and scale. Raises TypeError, NonFiniteError as quantize_tensor."""
-    if x.dtype not in SOURCE_DTYPES:
-        raise TypeError(_dtype_error(x, key))
-    flat = x.detach().reshape(-1).to(device or x.device)
-    amax = tensor_to_amax(flat)
-    if not math.isfinite(amax):
-        raise NonFiniteError(key, *_count_nonfinite(flat))
-    return flat, float(amax), amax_to_scale(amax, format, scaling)
+    flat = to_device(_flat(x, key), torch.device(device or x.device))
+    amax = _amax([(0, flat)], flat, key)
+    return flat, amax, amax_to_scale(torch.tensor(amax), format, scaling).to(flat.device)
 
 
 def finish(
@@ -107,6 +117,20 @@ def dequantize_tensor(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dty
     return (codes.float() * scale.to(device=codes.device, dtype=torch.float32)).to(dtype)
 
 
+def _flat(x: torch.Tensor, key: str) -> torch.Tensor:
+    if x.dtype not in SOURCE_DTYPES:
+        raise TypeError(_dtype_error(x, key))
+    return x.detach().reshape(-1)
+
+
+def _amax(parts: Iterable[tuple[int, torch.Tensor]], flat: torch.Tensor, key: str) -> float:
+    """The largest magnitude of a flat tensor that is given in parts."""
+    magnitudes = [choose_backend(part).tensor_to_amax(part) for _, part in parts]
+    if not all(math.isfinite(magnitude) for magnitude in magnitudes):
+        raise NonFiniteError(key, *_count_nonfinite(flat))
+    return max(magnitudes)
+
+
 def _dtype_error(x: torch.Tensor, key: str) -> str:
     name = str(x.dtype).removeprefix("torch.")
     hint = "dequantize it first, with its scale" if name.startswith("float8") else "only floating-point tensors can be"
@@ -120,5 +144,5 @@ def _count_nonfinite(flat: torch.Tensor) -> tuple[int, int]:
 
 def _samples(flat: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[tuple[float, float], ...]:
     index = torch.tensor(evenly_spaced(flat.numel()), dtype=torch.int64, device=flat.device)
-    dequantized = dequantize_tensor(codes.view(torch.uint8)[index].view(codes.dtype), scale)
-    return tuple(zip(flat[index].float().tolist(), dequantized.tolist(), strict=True))
+    some_codes = codes.view(torch.uint8)[index].cpu().view(codes.dtype)
+    return tuple(zip(flat[index].float().tolist(), dequantize_tensor(some_codes, scale).tolist(), strict=True))
