@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import asdict
+from statistics import median
 
 from .report import LayerReport, Report
 
@@ -22,6 +23,10 @@ KINDS = {
 _EMBEDDER = re.compile(r"embed", re.IGNORECASE)
 
 COLUMNS = ("layer", "kind", "shape", "amax", "scale", "SQNR (dB)", "relative RMSE", "bias", "saturated", "flushed")
+
+
+OUTPUT_COLUMNS = ("output error", "of nearest", "rows")
+"""Beside the others where any layer was calibrated."""
 
 
 def layer_kind(key: str) -> str:
@@ -56,10 +61,21 @@ def describe_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def describe_output_error(report: Report) -> str:
+    """The predicted error of the layers' outputs beside that of nearest, in a phrase; "" where none was calibrated."""
+    errors = [layer.output_error for layer in report.layers if layer.output_error]
+    if not errors:
+        return ""
+    chosen, nearest = (100 * median(getattr(error, name) for error in errors) for name in ("chosen", "nearest"))
+    layers = number_of(len(errors), "calibrated layer")
+    return f"median {chosen:.3g} % of the output, nearest {nearest:.3g} % (predicted for {layers})"
+
+
 def table_rows(report: Report) -> list[dict]:
     """One dict a layer, lowest SQNR first; layers without statistics come last, with None for what is not known.
 
-    Saturated and flushed are shares of 1; SQNR is None also where nothing was lost.
+    Saturated and flushed are shares of 1; SQNR is None also where nothing was lost. Calibrated layers have their
+    `output_error` beside it, a dict.
     """
     worst_first = report.worst(len(report.layers))
     rest = [layer for layer in report.layers if layer not in worst_first]
@@ -75,10 +91,15 @@ def to_markdown(report: Report) -> str:
         f"{number_of(len(report.layers), 'layer')} in FP8, {number_of(len(report.kept), 'tensor')} kept: "
         f"{describe_bytes(report.bytes_before)} before, {describe_bytes(report.bytes_after)} after",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---|---|---|" + "---:|" * 7,
     ]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in table_rows(report)]
+    rows = table_rows(report)
+    calibrated = any("output_error" in row for row in rows)
+    columns = (*COLUMNS, *OUTPUT_COLUMNS) if calibrated else COLUMNS
+    if calibrated:
+        lines += [f"Error of the layers' outputs: {describe_output_error(report)}", ""]
+    lines += [f"| {' | '.join(columns)} |", "|---|---|---|" + "---:|" * (len(columns) - 3)]
+    for row in rows:
+        lines.append(f"| {' | '.join(_cells(row) + (_output_cells(row) if calibrated else []))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -108,6 +129,8 @@ def _row(layer: LayerReport) -> dict:
         "amax": layer.amax,
         "scale": layer.scale,
     }
+    if layer.output_error:
+        row["output_error"] = asdict(layer.output_error)
     error = layer.error
     if error is None or not error.count:
         return row | dict.fromkeys(("sqnr", "relative_rmse", "bias", "saturated", "flushed"))
@@ -118,6 +141,13 @@ def _row(layer: LayerReport) -> dict:
         "saturated": error.saturated / error.count,
         "flushed": error.flushed / error.count,
     }
+
+
+def _output_cells(row: dict) -> list[str]:
+    if "output_error" not in row:
+        return ["", "", ""]
+    error = row["output_error"]
+    return [f"{100 * error['chosen']:.3g} %", f"{100 * error['nearest']:.3g} %", f"{error['rows']:,}"]
 
 
 def _cells(row: dict) -> list[str]:

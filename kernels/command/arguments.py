@@ -12,7 +12,7 @@ from ..checkpoint import NONFINITE
 from ..formats import FORMATS
 from ..layers import LAYERS
 from ..layouts import LAYOUTS, MATMULS
-from ..rounding import ROUNDINGS
+from ..rounding import METHODS
 from ..scaling import SCALINGS
 from ..version import VERSION
 
@@ -52,6 +52,7 @@ def recipe_choices(options: argparse.Namespace) -> dict:
         "layout": options.layout,
         "matmul": options.matmul,
         "nonfinite": options.nonfinite,
+        "calibration": options.calibration,
         **layer_choices(options),
     }
 
@@ -77,7 +78,12 @@ def _quantize_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--fp8_type", choices=FP8_TYPES, default="e4m3", help="default: e4m3")
     roundings = parser.add_argument_group("rounding, one of").add_mutually_exclusive_group()
-    _add_flags(roundings, "rounding", ROUNDINGS, ROUNDING_FLAGS, default="stochastic")
+    _add_flags(roundings, "rounding", METHODS, ROUNDING_FLAGS, default="stochastic")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="what Save FP8 Calibration wrote: for --calibrated, and for the range of activations with --matmul fp8",
+    )
     _add_layer_arguments(parser)
     file = parser.add_argument_group("the file")
     _add_choice(file, "--layout", LAYOUTS)

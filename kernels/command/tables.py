@@ -10,7 +10,7 @@ from dataclasses import asdict
 from ..comparison import Comparison, Trial, describe_sample, recommend, recommend_for_sums
 from ..error import ErrorStatistics, merge
 from ..report import Report
-from ..report_table import describe_bytes, number_of
+from ..report_table import describe_bytes, describe_output_error, number_of
 
 WORST = 5
 
@@ -20,7 +20,7 @@ def summary(report: Report, target: str, seconds: float) -> str:
     error = report.error
     lines = [
         f"{report.source} -> {target} in {seconds:.1f} s",
-        *_table([*_facts(report), ("error", *describe_error(error))]),
+        *_table([*_facts(report), ("error", *describe_error(error)), *_output_error(report)]),
         "",
         "the layers with the lowest SQNR",
         *_table([layer.key, *describe_error(layer.error)] for layer in report.worst(WORST)),
@@ -119,6 +119,11 @@ def _facts(report: Report) -> list[Sequence[str]]:
         ("layers", f"{number_of(len(report.layers), 'tensor')} quantized, {len(report.kept):,} kept"),
         ("size", f"{describe_bytes(before)} -> {describe_bytes(after)} ({after / before - 1:+.0%})"),
     ]
+
+
+def _output_error(report: Report) -> Iterable[Sequence[str]]:
+    text = describe_output_error(report)
+    return [("outputs", text)] if text else []
 
 
 def _notes(report: Report) -> Iterable[str]:

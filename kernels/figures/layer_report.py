@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..report import LayerReport, Report
-from ..report_table import KEPT, describe_bytes, layer_kind, number_of, sizes_by_kind
+from ..report_table import KEPT, describe_bytes, describe_output_error, layer_kind, number_of, sizes_by_kind
 from .histogram import describe_recipe
 from .style import (
     BLUE,
@@ -68,7 +68,7 @@ def layer_report(report: Report, *, width: int = 1024, height: int = 768) -> Fig
     draw_sizes(sizes, report)
     list_worst(figure, quality, worst)
     write_titles(figure, report.source, describe_recipe(report.recipe))
-    write_caption(figure, summary(report, layers), size_summary(report))
+    write_caption(figure, *filter(None, (summary(report, layers), output_summary(report), size_summary(report))))
     return figure
 
 
@@ -221,6 +221,12 @@ def summary(report: Report, layers: Sequence[LayerReport]) -> str:
         f"SQNR: median {decibels(median(levels))}, lowest {decibels(worst.error.sqnr)} in {name}; "
         f"{percent(saturated)} of all values saturated, {percent(flushed)} became zero."
     )
+
+
+def output_summary(report: Report) -> str:
+    """What calibrated rounding is predicted to do; "" without it."""
+    text = describe_output_error(report)
+    return f"Error of the layers' outputs: {text}." if text else ""
 
 
 def size_summary(report: Report) -> str:

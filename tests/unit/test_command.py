@@ -16,6 +16,7 @@ from conftest import PACK_ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stochastic_fp8_pack.kernels.calibration import Observer, save_calibration
 from stochastic_fp8_pack.kernels.checkpoint import quantize_file
 from stochastic_fp8_pack.kernels.command import main as command
 from stochastic_fp8_pack.kernels.command.plots import file_name, thin_samples
@@ -620,3 +621,25 @@ def test_compare_takes_fp8_files_too(run, quantized):
     code, text, _ = run("compare", quantized)
     assert code == 0
     assert "lossless" in next(line for line in text.splitlines() if line.split()[:2] == ["float8_e4m3fn", "nearest"])
+
+
+def test_calibrated_takes_a_calibration_file(run, source, target, tmp_path):
+    observer = Observer()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 16, generator=generator) @ torch.randn(
+        16, load_file(source)[QKV].shape[1], generator=generator
+    )
+    observer.observe(QKV, x)
+    save_calibration(observer.result("prompts"), tmp_path / "calibration.safetensors")
+    code, out, _ = run(source, target, "--calibrated", "--calibration", tmp_path / "calibration.safetensors")
+    assert code == 0
+    assert "calibrated, absmax" in out
+    assert "of the output, nearest" in out
+    assert "rounded to nearest, since the calibration never saw them" in out
+
+
+def test_calibrated_without_a_file_says_what_is_missing(run, source, target):
+    code, _, error = run(source, target, "--calibrated")
+    assert code == 2
+    assert "--calibration FILE" in error
+    assert not target.exists()

@@ -4,8 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 from reports import heavy_tailed, report_on, small_report
+from stochastic_fp8_pack.kernels.output_error import OutputError
 from stochastic_fp8_pack.kernels.report_table import (
     describe_bytes,
+    describe_output_error,
     layer_kind,
     sizes_by_kind,
     table_rows,
@@ -95,3 +97,34 @@ def test_markdown_has_a_row_a_layer():
     # 1000 saturates to 448, 300 rounds to 288: errors -552 and -12
     assert lines[6] == r"| a\|b.weight | other | 2 × 2 | 1e+03 | 1 | 6.27 | 48.6 % | -1.41e+02 | 25 % | 0 % |"
     assert {line.count(" | ") for line in lines[4:5] + lines[6:]} == {9}
+
+
+def calibrated_report():
+    first, *others = small_report(rounding="nearest").layers
+    layers = (replace(first, output_error=OutputError(5000, nearest=0.0141, chosen=0.0036)), *others)
+    return replace(small_report(rounding="nearest"), layers=layers)
+
+
+def test_calibrated_layers_have_columns_of_their_own():
+    text = to_markdown(calibrated_report())
+    assert (
+        "Error of the layers' outputs: median 0.36 % of the output, nearest 1.41 % (predicted for 1 calibrated" in text
+    )
+    head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert head.endswith("| flushed | output error | of nearest | rows |")
+    assert {line.count("|") for line in (head, rule, *rows)} == {14}
+    (row,) = (row for row in rows if "attn.qkv" in row)
+    assert row.endswith("| 0.36 % | 1.41 % | 5,000 |")
+    assert sum(row.endswith("|  |  |  |") for row in rows) == 3
+
+
+def test_calibrated_layers_in_json():
+    rows = json.loads(to_json(calibrated_report()))["layers"]
+    errors = {row["layer"]: row.get("output_error") for row in rows}
+    assert errors.pop("blocks.0.attn.qkv.weight") == {"rows": 5000, "nearest": 0.0141, "chosen": 0.0036}
+    assert set(errors.values()) == {None}
+
+
+def test_other_reports_say_nothing_of_outputs():
+    assert describe_output_error(small_report()) == ""
+    assert "output error" not in to_markdown(small_report())
