@@ -5,7 +5,7 @@ python child.py quantize IN OUT | several IN... | start COMFYUI
 
 import asyncio
 import json
-import resource
+import re
 import sys
 import tempfile
 import time
@@ -77,8 +77,13 @@ def start(comfyui):
 def main():
     job, *arguments = sys.argv[1:]
     result = {"quantize": quantize, "several": several, "start": start}[job](*arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(result | {"peak": peak}))
+    print(json.dumps(result | {"peak": peak_resident()}))
+
+
+def peak_resident():
+    """Bytes. (getrusage would count what the parent held when it started this process.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 if __name__ == "__main__":

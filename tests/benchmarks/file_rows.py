@@ -56,7 +56,7 @@ def flux_rows(rounds):
             theirs.unlink(missing_ok=True)
             peers.convert_to_quant(source, theirs)
 
-        source.read_bytes()  # into the page cache, for everyone
+        cp(source, copy)  # into the page cache, for everyone
         contestants = {
             "ours": run_ours,
             "cp": lambda: cp(source, copy),

@@ -10,7 +10,7 @@ import sys
 from measure import ROOT, WORKSPACE, Absent
 
 KITCHEN = "comfy-kitchen==0.2.40"
-CONVERT_TO_QUANT = "convert-to-quant==1.3.4"
+CONVERT_TO_QUANT = ("convert-to-quant==1.3.4", "prodigy-plus-schedule-free==2.0.1")
 FOLDER = WORKSPACE / "peers"
 
 
@@ -60,7 +60,7 @@ def kitchen_eager():
 
 def convert_to_quant(source, target):
     """Quantize a file to E4M3 on the CPU with convert-to-quant's quickest method."""
-    environment = {**os.environ, "PYTHONPATH": str(install(CONVERT_TO_QUANT))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(install(part)) for part in CONVERT_TO_QUANT)}
     options = ["--simple", "--comfy_quant", "--device", "cpu", "--verbose", "MINIMAL"]
     command = [sys.executable, "-m", "convert_to_quant.convert_to_quant", "-i", source, "-o", target, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
