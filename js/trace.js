@@ -21,6 +21,7 @@ const LOADERS = {
 
 const SHIPPED = { StochasticFP8DemoModel: "demo/tiny_sd3_landscapes.safetensors" };
 
+/** What a link inside a subgraph starts at when it comes from outside; newer pages write ids as text. */
 const SUBGRAPH_INPUT = -10;
 const MUTED = 2;
 const BYPASSED = 4;
@@ -72,7 +73,7 @@ function back({ node, slot }, type, rootGraph) {
 function origin(graph, linkId, rootGraph) {
   const link = linkOf(graph, linkId);
   if (!link) return null;
-  if (link.origin_id !== SUBGRAPH_INPUT) {
+  if (Number(link.origin_id) !== SUBGRAPH_INPUT) {
     const node = graph.getNodeById(link.origin_id);
     return node ? { node, slot: link.origin_slot } : null;
   }
@@ -96,7 +97,7 @@ function widgetValue(node, name, rootGraph) {
   const slot = node.inputs?.find((candidate) => candidate.widget?.name === name && candidate.link != null);
   if (!slot) return node.widgets?.find((widget) => widget.name === name)?.value;
   const link = linkOf(node.graph, slot.link);
-  if (link?.origin_id === SUBGRAPH_INPUT) return promotedValue(node.graph, link.origin_slot, rootGraph);
+  if (Number(link?.origin_id) === SUBGRAPH_INPUT) return promotedValue(node.graph, link.origin_slot, rootGraph);
   const source = link && node.graph.getNodeById(link.origin_id);
   return source?.type === "PrimitiveNode" ? source.widgets?.[0]?.value : undefined;
 }

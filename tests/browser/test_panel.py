@@ -148,7 +148,7 @@ def test_a_workflow_opened_again_shows_no_old_numbers(workspace):
     workspace.run()
     workspace.wait_text("Lowest SQNR")
     saved = workspace.page.evaluate("app.graph.serialize()")
-    values = next(node["widgets_values"] for node in saved["nodes"] if node["id"] == quantize)
+    values = next(node["widgets_values"] for node in saved["nodes"] if str(node["id"]) == str(quantize))
     assert values == ["float8_e4m3fn", "stochastic", "absmax", 0, "auto", "", "", "full precision", "error", "auto"]
     workspace.load(saved)
     assert "Lowest SQNR" not in workspace.wait_text("2.54\u00a0MB")

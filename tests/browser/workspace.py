@@ -51,7 +51,9 @@ class Workspace:
         return self
 
     def clear(self):
-        self.page.evaluate("app.graph.clear()")
+        """An empty workflow, seen in its own size."""
+        self.page.evaluate("app.loadGraphData({ version: 0.4, nodes: [], links: [], id: crypto.randomUUID() })")
+        self.page.evaluate("app.canvas.ds.reset()")
 
     def reload(self):
         self.page.reload()

@@ -51,7 +51,7 @@ test("two text encoders are two files", () => {
 test("into a subgraph and out of one", () => {
   const inner = graph({ 1: loader("in.safetensors"), 5: { inputs: [model(3)] } }, [
     [2, 1, 0],
-    [3, -10, 0],
+    [3, "-10", 0],
   ]);
   inner.outputs = [{ linkIds: [2] }];
   const root = graph(
