@@ -13,7 +13,7 @@ from comfyui.graph import Graph
 from comfyui.server import PACK_ROOT, ComfyUIServer
 from PIL import Image
 from safetensors.torch import load_file
-from thumbnails import make_thumbnails
+from thumbnails import calibrated_sheets, make_thumbnails
 
 HELP = PACK_ROOT / "js" / "docs" / "pictures"
 RECIPE = {"format": "float8_e4m3fn", "rounding": "stochastic", "scaling": "absmax", "seed": 0, "layers": "all_linear"}
@@ -76,11 +76,21 @@ def help_pages(pictures):
     pictures.want(HELP / "compare_images.jpg", sheet)
 
 
+def calibration_pages():
+    """The same picture from two FP8 models of one size, each beside the original."""
+    pictures = Pictures()
+    pictures.graph, *sheets = calibrated_sheets()
+    for name, sheet in zip(("nearest", "calibrated"), sheets, strict=True):
+        pictures.want(HELP / f"original_and_{name}.jpg", sheet)
+    return pictures
+
+
 def main():
     pictures = Pictures()
     help_pages(pictures)
     with tempfile.TemporaryDirectory() as folder, ComfyUIServer(Path(folder)) as server:
         pictures.make(server)
+        calibration_pages().make(server)
         make_thumbnails(server)
 
 

@@ -32,6 +32,8 @@ def make_thumbnails(server):
     save(fit(report, SIZE), "Text encoder")
     (findings,) = render(server, *_findings(server))
     save(fit(findings, SIZE), "Inspect and repair")
+    nearest, calibrated = render(server, *calibrated_sheets())
+    save(below(fit(nearest, (SIZE[0], 216)), fit(calibrated, (SIZE[0], 216))), "Calibrate, quantize, compare")
 
 
 def render(server, graph, *images):
@@ -56,6 +58,35 @@ def _paint(graph, demo, model, seed=42):
     latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=1)
     sampled = graph.sample(model, demo[1], demo[2], latent, seed=seed, steps=20, cfg=2.5)
     return graph.add("VAEDecode", samples=sampled, vae=demo[3])
+
+
+def calibrated_sheets():
+    """A graph that compares a picture with those of two FP8 models, nearest and calibrated: (graph, sheet, sheet)."""
+    graph = Graph()
+    demo = graph.add("StochasticFP8DemoModel", scene="dusk")
+    latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=4)
+    calibration = graph.add(
+        "StochasticFP8Calibrate",
+        model=demo,
+        positive=demo[1],
+        negative=demo[2],
+        latent_image=latent,
+        seed=1000,
+        steps=20,
+        cfg=2.5,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+        runs=3,
+    )
+    original = _paint(graph, demo, demo)
+    sheets = []
+    for choices in ({"rounding": "nearest"}, {"rounding": "calibrated", "calibration": calibration}):
+        quantized = graph.add("StochasticFP8Quantize", model=demo, **{**RECIPE, **choices}, layers="all_linear")
+        image = _paint(graph, demo, quantized)
+        sheet = {"image_a": original, "image_b": image, "amplify": 8, "width": 1024}
+        sheets.append(graph.add("StochasticFP8ImageCompare", **sheet))
+    return graph, *sheets
 
 
 def _layer_report(rounding):

@@ -1,7 +1,7 @@
 """`make bench`: how fast and how lean, beside other programs in the same run.
 
 python tests/benchmarks             # tensors on the CPU, and whole files of up to 1.5 GB
-python tests/benchmarks --cpu       # only these sections; also --files
+python tests/benchmarks --cpu       # only these sections; also --files, --calibration
 python tests/benchmarks --big       # files of 10 and 12 GB
 python tests/benchmarks --save      # also into RESULTS.md
 """
@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import conftest  # noqa: E402, F401  (loads the pack)
+import calibration_rows  # noqa: E402
 import cpu_rows  # noqa: E402
 import file_rows  # noqa: E402
 from measure import machine, table  # noqa: E402
@@ -23,6 +24,7 @@ RESULTS = HERE / "RESULTS.md"
 SECTIONS = {
     "cpu": ("Tensors on the CPU, start and figures", cpu_rows.rows),
     "files": ("Files", file_rows.rows),
+    "calibration": ("Calibrated rounding", calibration_rows.rows),
     "big": ("Big files", file_rows.big_rows),
 }
 
@@ -34,7 +36,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the best of N counts; default: 5")
     parser.add_argument("--save", action="store_true", help=f"write the sections into {RESULTS.name}")
     options = parser.parse_args()
-    chosen = [name for name in SECTIONS if getattr(options, name)] or ["cpu", "files"]
+    chosen = [name for name in SECTIONS if getattr(options, name)] or ["cpu", "files", "calibration"]
     conditions = machine()
     print(conditions)
     for name in chosen:

@@ -1,6 +1,7 @@
 """Every example workflow opens without a missing node, has its thumbnail, and runs in a real server."""
 
 import demo
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -16,6 +17,7 @@ NAMES = [
     "File to file",
     "Text encoder",
     "Inspect and repair",
+    "Calibrate, quantize, compare",
 ]
 
 
@@ -131,6 +133,21 @@ def test_inspect_and_repair(bench):
     assert any("it must be float32" in text and "Repaired copy" in text for text in shown)
     assert "false" in [text.lower() for text in shown]
     assert pictures(bench, outputs)[0].size[0] == 1024
+
+
+def test_calibrate_quantize_compare(bench):
+    workflow = read_workflow("Calibrate, quantize, compare")
+    prompt = to_prompt(workflow, bench.server.object_info())
+    outputs = bench.server.queue(prompt, timeout=240, workflow=workflow)["outputs"]
+    sheets = sorted((node for node in prompt if prompt[node]["class_type"] == "StochasticFP8ImageCompare"), key=int)
+    nearest, calibrated = (
+        [np.asarray(bench.server.view(outputs[node][f"{side}_images"][0]), dtype=float) for side in "ab"]
+        for node in sheets
+    )
+    assert np.array_equal(nearest[0], calibrated[0])
+    errors = [np.square(original - image).mean() for original, image in (nearest, calibrated)]
+    assert errors[1] < 0.5 * errors[0], errors
+    assert (bench.server.output / "fp8_calibrations" / "tiny_landscapes_00001_.safetensors").exists()
 
 
 def test_the_demo(bench):
