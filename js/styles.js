@@ -51,7 +51,7 @@ td button[aria-expanded=true]::before { content: "▾"; }
 .facts { display: grid; grid-template-columns: repeat(4, auto); gap: 0 10px; }
 .facts dt { color: var(--soft); grid-row: 1; }
 .facts dd { grid-row: 2; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bars { display: flex; align-items: flex-end; gap: 1px; height: 52px; border-bottom: 1px solid var(--line); }
+.bars { display: flex; align-items: flex-end; gap: 1px; height: 52px; margin-top: 4px; border-bottom: 1px solid var(--line); }
 .bars > div { flex: 1; height: 100%; display: flex; align-items: flex-end; }
 .bars > div::before { content: ""; width: 100%; height: var(--height); background: var(--accent); }
 .bars:is(:hover, :focus-visible) > .current::before { background: var(--second); }

@@ -28,6 +28,7 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,
     "Comfy.Canvas.SelectionToolbox": False,
 }
+EMPTY = {"version": 0.4, "last_node_id": 0, "last_link_id": 0, "nodes": [], "links": []}
 RENDERERS = ("canvas", "vue")
 THEMES = ("dark", "light")
 
@@ -52,7 +53,7 @@ class Workspace:
 
     def clear(self):
         """An empty workflow, seen in its own size."""
-        self.page.evaluate("app.loadGraphData({ version: 0.4, nodes: [], links: [], id: crypto.randomUUID() })")
+        self.page.evaluate(f"app.loadGraphData({{ id: crypto.randomUUID(), ...{json.dumps(EMPTY)} }})")
         self.page.evaluate("app.canvas.ds.reset()")
 
     def reload(self):
