@@ -1,14 +1,14 @@
 """The library: scaled FP8 tensors and checkpoints. Needs torch, numpy and safetensors; never ComfyUI."""
 
-from .checkpoint import plan_file, quantize_file
+from .checkpoint.inspection import inspect_file
+from .checkpoint.job import plan_file, quantize_file
+from .checkpoint.repair import repair_file
+from .checkpoint.safetensors_io import CheckpointError
 from .error import ErrorStatistics
 from .formats import FORMATS
-from .inspection import inspect_file
 from .quantize import NonFiniteError, QuantizedTensor, dequantize_tensor, quantize_tensor
-from .repair import repair_file
-from .report import KeptTensor, LayerReport, Recipe, Report
+from .reports.report import KeptTensor, LayerReport, Recipe, Report
 from .rounding import ROUNDINGS
-from .safetensors_io import CheckpointError
 from .scaling import SCALINGS
 
 __all__ = [

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from .backends import choose_backend
+from .calibration.output_error import OutputError
 from .choices import choose
 from .devices import slices, to_device, with_enough_memory
 from .error import ErrorStatistics, evenly_spaced, merge
 from .formats import FORMATS, Float8Format
-from .output_error import OutputError
 from .random_bits import BLOCK, stream_from, stream_key
 from .rounding import ROUNDINGS
 from .scaling import SCALINGS, Scaling, amax_to_scale

@@ -14,8 +14,8 @@ from comfy_api.latest import io
 
 import nodes as comfy_nodes
 
-from ..kernels.calibration import Observer, load_calibration, save_calibration
-from ..kernels.report_table import describe_bytes, number_of
+from ..kernels.calibration.data import Observer, load_calibration, save_calibration
+from ..kernels.reports.report_table import describe_bytes, number_of
 from .models import diffusion_network
 from .networks import Network
 from .options import LARGEST_SEED

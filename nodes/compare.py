@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from comfy_api.latest import io, ui
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe, comparison
+from ..kernels.checkpoint.layers import LAYERS
 from ..kernels.error import evenly_spaced
 from ..kernels.figures import comparison_figure, rounding_curve, to_image
-from ..kernels.layers import LAYERS
-from ..kernels.rounding_curve import measure_rounding
+from ..kernels.reports.rounding_curve import measure_rounding
 from . import in_graph, models
 from .networks import Network, narrow
 from .options import LARGEST_SEED, combo, device_input

@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 import torch
 
 from ..kernels import KeptTensor, LayerReport, NonFiniteError, Recipe, Report
-from ..kernels.calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
-from ..kernels.calibration import Calibration
-from ..kernels.layers import NO_LINEAR_WEIGHT, Selection, select_layers
-from ..kernels.presets import TEXT_ENCODER
+from ..kernels.calibration.calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
+from ..kernels.calibration.data import Calibration
+from ..kernels.checkpoint.layers import NO_LINEAR_WEIGHT, Selection, select_layers
+from ..kernels.checkpoint.presets import TEXT_ENCODER
 from ..kernels.rounding import CALIBRATED
 from ..kernels.version import VERSION
 from .models import Part

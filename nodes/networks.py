@@ -11,7 +11,7 @@ import comfy.utils
 import torch
 
 from ..kernels import FORMATS, dequantize_tensor
-from ..kernels.safetensors_header import TensorInfo
+from ..kernels.checkpoint.safetensors_header import TensorInfo
 
 FLOAT8 = {format.dtype for format in FORMATS.values()}
 

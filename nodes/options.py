@@ -9,11 +9,11 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
-from ..kernels.calibration import Calibration
-from ..kernels.checkpoint import NONFINITE
+from ..kernels.calibration.data import Calibration
+from ..kernels.checkpoint.job import NONFINITE
+from ..kernels.checkpoint.layers import LAYERS
+from ..kernels.checkpoint.layouts import LAYOUTS, MATMULS
 from ..kernels.choices import choose
-from ..kernels.layers import LAYERS
-from ..kernels.layouts import LAYOUTS, MATMULS
 from ..kernels.rounding import METHODS
 from .schema import FP8Calibration, fit
 

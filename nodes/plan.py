@@ -9,12 +9,12 @@ from pathlib import Path
 import folder_paths
 
 from ..kernels import KeptTensor, LayerReport, Recipe, Report
-from ..kernels.checkpoint import plan_file
-from ..kernels.layers import select_layers
-from ..kernels.layouts import read_markings
-from ..kernels.presets import Components, diffusers_model
-from ..kernels.safetensors_header import TensorInfo
-from ..kernels.safetensors_io import Source, fault, open_source
+from ..kernels.checkpoint.job import plan_file
+from ..kernels.checkpoint.layers import select_layers
+from ..kernels.checkpoint.layouts import read_markings
+from ..kernels.checkpoint.presets import Components, diffusers_model
+from ..kernels.checkpoint.safetensors_header import TensorInfo
+from ..kernels.checkpoint.safetensors_io import Source, fault, open_source
 from . import in_graph, models
 from .demo import MODELS
 from .files import OUTPUT_FOLDERS, find_source

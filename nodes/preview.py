@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..kernels import LayerReport, Report, report_table
+from ..kernels.checkpoint.layers import compile_pattern
 from ..kernels.figures import error_histogram, layer_report, to_image
-from ..kernels.layers import compile_pattern
 from .options import combo, patterns
 from .progress import Progress
 from .schema import CATEGORY, FP8Report, fit

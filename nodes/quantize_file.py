@@ -7,7 +7,7 @@ import logging
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..kernels.checkpoint import quantize_file
+from ..kernels.checkpoint.job import quantize_file
 from ..kernels.rounding import METHODS
 from .files import find_source, fingerprint, list_sources, loader_name, target_path, workflow_metadata
 from .live import summary_output

@@ -290,13 +290,17 @@ def _divide(x, divisor, reciprocal, WIDE: tl.constexpr):
 def _positions(magnitude, FORMAT: tl.constexpr, FRACTION: tl.constexpr):
     """rounding.code_positions with FRACTION fraction bits (0 or 16), moved up to 24.
 
-    Adding a number whose last place is the position's, 1.5 * 2^23 of them, rounds to it, ties to even.
+    Adding a number whose last place is the position's, 1.5 * 2^23 of them, rounds to it, ties to even. Then the bits
+    of that sum hold the significand, and those of `binade` the exponent, each off by a constant.
     """
     binade = _bits(tl.maximum(magnitude, FORMAT.smallest_normal)) & EXPONENT_MASK
     anchor = _float(binade) * (1.5 * 2.0 ** (MANTISSA - FORMAT.mantissa_bits - FRACTION))
-    units = _bits(magnitude + anchor) - _bits(anchor)
-    binades_above = binade - ((BIAS + 1 - FORMAT.exponent_bias) << MANTISSA)
-    return (units << (POSITION_BITS - FRACTION)) + (binades_above << (FORMAT.mantissa_bits + POSITION_BITS - MANTISSA))
+    unit: tl.constexpr = 2 ** (POSITION_BITS - FRACTION)
+    step: tl.constexpr = 2 ** (POSITION_BITS - MANTISSA + FORMAT.mantissa_bits)
+    anchor_offset: tl.constexpr = 2 ** (MANTISSA - 1) + (MANTISSA - FORMAT.mantissa_bits - FRACTION) * 2**MANTISSA
+    origin: tl.constexpr = anchor_offset * unit + (BIAS + 1 - FORMAT.exponent_bias) * 2**MANTISSA * step
+    origin_32: tl.constexpr = (origin & 0xFFFFFFFF) - ((origin & 0x80000000) << 1)
+    return _bits(magnitude + anchor) * unit + (binade * (step - unit) - origin_32)
 
 
 @triton.jit

@@ -8,10 +8,10 @@ from typing import NoReturn
 
 import torch
 
-from ..checkpoint import NONFINITE
+from ..checkpoint.job import NONFINITE
+from ..checkpoint.layers import LAYERS
+from ..checkpoint.layouts import LAYOUTS, MATMULS
 from ..formats import FORMATS
-from ..layers import LAYERS
-from ..layouts import LAYOUTS, MATMULS
 from ..rounding import METHODS
 from ..scaling import SCALINGS
 from ..version import VERSION

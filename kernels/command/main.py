@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import plan_file, quantize_file, read_weights
-from ..comparison import compare_roundings
-from ..inspection import inspect_file
-from ..repair import repair_file
-from ..report import Report
-from ..safetensors_io import CheckpointError
+from ..checkpoint.inspection import inspect_file
+from ..checkpoint.job import plan_file, quantize_file, read_weights
+from ..checkpoint.repair import repair_file
+from ..checkpoint.safetensors_io import CheckpointError
+from ..reports.comparison import compare_roundings
+from ..reports.report import Report
 from . import arguments, tables
 
 DONE, FAILED, MISUSED = 0, 1, 2

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from ..comparison import Comparison, Trial, describe_sample, recommend, recommend_for_sums
 from ..error import ErrorStatistics, merge
-from ..report import Report
-from ..report_table import describe_bytes, describe_output_error, number_of
+from ..reports.comparison import Comparison, Trial, describe_sample, recommend, recommend_for_sums
+from ..reports.report import Report
+from ..reports.report_table import describe_bytes, describe_output_error, number_of
 
 WORST = 5
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..comparison import Comparison, Trial, describe_sample, recommend, recommend_for_sums
 from ..formats import FORMATS
+from ..reports.comparison import Comparison, Trial, describe_sample, recommend, recommend_for_sums
 from ..rounding import ROUNDINGS
 from .style import (
     BLUE,

@@ -18,8 +18,8 @@ from ..error import (
     step_bin_edges,
 )
 from ..formats import FORMATS
-from ..report import LayerReport, Recipe, Report
-from ..report_table import number_of
+from ..reports.report import LayerReport, Recipe, Report
+from ..reports.report_table import number_of
 from ..rounding import ROUNDINGS
 from .style import (
     BLUE,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from ..generations import DEGRADED, EXACT
-from ..inspection import ERROR, NOTE, WARNING, Inspection
-from ..presets import PRESETS
+from ..checkpoint.generations import DEGRADED, EXACT
+from ..checkpoint.inspection import ERROR, NOTE, WARNING, Inspection
+from ..checkpoint.presets import PRESETS
 from .style import (
     BLUE,
     GREEN,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..report_table import number_of
-from ..rounding_curve import RoundingCurve
+from ..reports.report_table import number_of
+from ..reports.rounding_curve import RoundingCurve
 from .style import (
     BLUE,
     FAINT,

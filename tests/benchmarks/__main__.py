@@ -14,8 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import conftest  # noqa: E402, F401  (loads the pack)
 import calibration_rows  # noqa: E402
+import conftest  # noqa: E402, F401  (loads the pack)
 import cpu_rows  # noqa: E402
 import file_rows  # noqa: E402
 from measure import machine, table  # noqa: E402

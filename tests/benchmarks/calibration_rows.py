@@ -17,8 +17,8 @@ from measure import Absent, Row
 from safetensors.torch import load_file
 from stochastic_fp8_pack.kernels import FORMATS, dequantize_tensor, quantize_tensor
 from stochastic_fp8_pack.kernels import calibration as calibration_module
-from stochastic_fp8_pack.kernels.calibrated import calibrate_tensor
-from stochastic_fp8_pack.kernels.calibration import Observer, load_calibration
+from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor
+from stochastic_fp8_pack.kernels.calibration.data import Observer, load_calibration
 
 WORDS = ("dawn", "day", "dusk", "night")
 BATCH, RUNS = 4, 2  # images at once, and how often, of each word

@@ -5,8 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, calibrate, calibration, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.calibration import CalibrationError, Observer
+from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, dequantize_tensor, quantize_tensor
+from stochastic_fp8_pack.kernels.calibration import calibrate
+from stochastic_fp8_pack.kernels.calibration import data as calibration
+from stochastic_fp8_pack.kernels.calibration.data import CalibrationError, Observer
 from stochastic_fp8_pack.kernels.rounding import round_to_codes
 
 formats = pytest.mark.parametrize("format", FORMATS)

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import LayerReport, Recipe, Report, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.calibrated import (
+from stochastic_fp8_pack.kernels.calibration.calibrated import (
     calibrate_tensor,
     calibration_notes,
     input_scale,
     quantize_weight,
 )
-from stochastic_fp8_pack.kernels.calibration import CalibrationError, Observer
-from stochastic_fp8_pack.kernels.output_error import OutputError
+from stochastic_fp8_pack.kernels.calibration.data import CalibrationError, Observer
+from stochastic_fp8_pack.kernels.calibration.output_error import OutputError
 from stochastic_fp8_pack.kernels.quantize import NonFiniteError
 
 KEY = "blocks.0.attn.qkv.weight"

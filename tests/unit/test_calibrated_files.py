@@ -8,11 +8,11 @@ import tiny_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stochastic_fp8_pack.kernels.calibrated import calibrate_tensor
-from stochastic_fp8_pack.kernels.calibration import Calibration, CalibrationError, Observer, save_calibration
-from stochastic_fp8_pack.kernels.checkpoint import plan_file, quantize_file
-from stochastic_fp8_pack.kernels.inspection import inspect_file
-from stochastic_fp8_pack.kernels.safetensors_io import CheckpointError
+from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor
+from stochastic_fp8_pack.kernels.calibration.data import Calibration, CalibrationError, Observer, save_calibration
+from stochastic_fp8_pack.kernels.checkpoint.inspection import inspect_file
+from stochastic_fp8_pack.kernels.checkpoint.job import plan_file, quantize_file
+from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import CheckpointError
 
 QKV, PROJ = "joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.attn.proj"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from stochastic_fp8_pack.kernels import calibration
-from stochastic_fp8_pack.kernels.calibration import (
+from stochastic_fp8_pack.kernels.calibration import data as calibration
+from stochastic_fp8_pack.kernels.calibration.data import (
     METADATA_ENTRY,
     ActivationError,
     Calibration,
@@ -20,7 +20,7 @@ from stochastic_fp8_pack.kernels.calibration import (
     moment_size,
     save_calibration,
 )
-from stochastic_fp8_pack.kernels.safetensors_io import CheckpointError
+from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import CheckpointError
 
 KEY = "blocks.0.attn.qkv.weight"
 

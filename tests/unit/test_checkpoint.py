@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stochastic_fp8_pack.kernels.checkpoint import plan_file, quantize_file
-from stochastic_fp8_pack.kernels.inspection import inspect_file
+from stochastic_fp8_pack.kernels.checkpoint.inspection import inspect_file
+from stochastic_fp8_pack.kernels.checkpoint.job import plan_file, quantize_file
+from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import CheckpointError
 from stochastic_fp8_pack.kernels.quantize import dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.report import Report
-from stochastic_fp8_pack.kernels.safetensors_io import CheckpointError
+from stochastic_fp8_pack.kernels.reports.report import Report
 
 QKV = "joint_blocks.0.x_block.attn.qkv"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -461,7 +461,7 @@ JOB = """
     for name, path in (("pack", {root!r}), ("pack.kernels", {root!r} + "/kernels")):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [path]
-    checkpoint = importlib.import_module("pack.kernels.checkpoint")
+    checkpoint = importlib.import_module("pack.kernels.checkpoint.job")
     calls = []
     def progress(done, total, key):
         calls.append(key)

@@ -16,8 +16,8 @@ from conftest import PACK_ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stochastic_fp8_pack.kernels.calibration import Observer, save_calibration
-from stochastic_fp8_pack.kernels.checkpoint import quantize_file
+from stochastic_fp8_pack.kernels.calibration.data import Observer, save_calibration
+from stochastic_fp8_pack.kernels.checkpoint.job import quantize_file
 from stochastic_fp8_pack.kernels.command import main as command
 from stochastic_fp8_pack.kernels.command.plots import file_name, thin_samples
 from tiny_models import LANDSCAPES

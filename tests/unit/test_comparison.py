@@ -5,7 +5,7 @@ import pytest
 import torch
 from reports import heavy_tailed
 from stochastic_fp8_pack.kernels import ErrorStatistics
-from stochastic_fp8_pack.kernels.comparison import (
+from stochastic_fp8_pack.kernels.reports.comparison import (
     compare_roundings,
     describe_sample,
     recommend,

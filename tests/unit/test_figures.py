@@ -20,7 +20,6 @@ from matplotlib.text import Text
 from PIL import Image
 from reports import heavy_tailed, repeated, report_on, small_report
 from stochastic_fp8_pack.kernels import ROUNDINGS, ErrorStatistics
-from stochastic_fp8_pack.kernels.comparison import compare_roundings
 from stochastic_fp8_pack.kernels.figures import (
     comparison_figure,
     error_histogram,
@@ -33,7 +32,8 @@ from stochastic_fp8_pack.kernels.figures import (
 from stochastic_fp8_pack.kernels.figures.histogram import in_numbers, in_plain_words
 from stochastic_fp8_pack.kernels.figures.layer_report import in_order_of_depth, pool, spread
 from stochastic_fp8_pack.kernels.figures.style import percent, shorten_middle, signed
-from stochastic_fp8_pack.kernels.rounding_curve import measure_rounding
+from stochastic_fp8_pack.kernels.reports.comparison import compare_roundings
+from stochastic_fp8_pack.kernels.reports.rounding_curve import measure_rounding
 
 GOLDENS = Path(__file__).parent / "golden_figures"
 THUMBNAIL_WIDTH = 256

@@ -3,9 +3,9 @@
 import checkpoints
 import pytest
 import torch
-from stochastic_fp8_pack.kernels.layers import LAYERS, UnknownPatternError, compile_pattern, select_layers
-from stochastic_fp8_pack.kernels.presets import PRESETS, Components, detect_family, diffusers_model
-from stochastic_fp8_pack.kernels.safetensors_header import TensorInfo
+from stochastic_fp8_pack.kernels.checkpoint.layers import LAYERS, UnknownPatternError, compile_pattern, select_layers
+from stochastic_fp8_pack.kernels.checkpoint.presets import PRESETS, Components, detect_family, diffusers_model
+from stochastic_fp8_pack.kernels.checkpoint.safetensors_header import TensorInfo
 
 
 def infos(*names, shape=(32, 16), dtype="bfloat16"):

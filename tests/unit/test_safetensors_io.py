@@ -14,9 +14,9 @@ import pytest
 import torch
 from checkpoints import entry, raw_file, weights
 from safetensors.torch import load_file, save, save_file
-from stochastic_fp8_pack.kernels import atomic_file
-from stochastic_fp8_pack.kernels.safetensors_header import MAX_HEADER, TensorInfo, parse_header
-from stochastic_fp8_pack.kernels.safetensors_io import CheckpointError, open_source, write_tensors, writing
+from stochastic_fp8_pack.kernels.checkpoint import atomic_file
+from stochastic_fp8_pack.kernels.checkpoint.safetensors_header import MAX_HEADER, TensorInfo, parse_header
+from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import CheckpointError, open_source, write_tensors, writing
 
 DTYPES = [
     *("bool", "uint8", "int8", "float8_e5m2", "float8_e4m3fn", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"),
@@ -224,7 +224,7 @@ def test_a_header_of_100_mb_of_brackets_costs_no_gigabytes(tmp_path):
 
 
 def test_too_many_tensors_are_refused(monkeypatch):
-    monkeypatch.setattr("stochastic_fp8_pack.kernels.safetensors_header.MAX_TENSORS", 2)
+    monkeypatch.setattr("stochastic_fp8_pack.kernels.checkpoint.safetensors_header.MAX_TENSORS", 2)
     header = {str(i): entry("U8", [0], 0, 0) for i in range(3)}
     with pytest.raises(ValueError, match="more than 2 tensors"):
         parse_header(json.dumps(header).encode())
@@ -335,7 +335,7 @@ def test_strided_tensors_are_written_in_order(tmp_path):
 
 
 def test_a_tensor_copied_in_chunks_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("stochastic_fp8_pack.kernels.safetensors_io.COPY_CHUNK", 100)
+    monkeypatch.setattr("stochastic_fp8_pack.kernels.checkpoint.safetensors_io.COPY_CHUNK", 100)
     save_file(weights("a"), tmp_path / "a.safetensors")
     source = open_source(tmp_path / "a.safetensors")
     with source, writing(tmp_path / "b.safetensors", {"b": source.tensors["a"]}, {}) as writer:
@@ -452,8 +452,8 @@ JOB = """
     for name, path in (("pack", {root!r}), ("pack.kernels", {root!r} + "/kernels")):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [path]
-    io = importlib.import_module("pack.kernels.safetensors_io")
-    header = importlib.import_module("pack.kernels.safetensors_header")
+    io = importlib.import_module("pack.kernels.checkpoint.safetensors_io")
+    header = importlib.import_module("pack.kernels.checkpoint.safetensors_header")
     import torch
     tensors = {{"a": header.TensorInfo("uint8", (1 << 20,)), "b": header.TensorInfo("uint8", (1 << 20,))}}
     {before}

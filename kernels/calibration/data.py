@@ -15,9 +15,9 @@ from functools import cache, partial
 
 import torch
 
-from .safetensors_header import TensorInfo
-from .safetensors_io import CheckpointError, fault, open_source, writing
-from .scaling import tensor_to_amax
+from ..checkpoint.safetensors_header import TensorInfo
+from ..checkpoint.safetensors_io import CheckpointError, fault, open_source, writing
+from ..scaling import tensor_to_amax
 
 WIDEST_BLOCK = 3072
 """A wider layer's moment is kept as equal blocks on its diagonal, at most this wide: Flux then takes 11 GB, not 28."""

@@ -10,11 +10,11 @@ from statistics import median
 
 import torch
 
-from .error import ErrorStatistics
-from .formats import FORMATS
-from .quantize import dequantize_tensor, quantize_tensor
+from ..error import ErrorStatistics
+from ..formats import FORMATS
+from ..quantize import dequantize_tensor, quantize_tensor
+from ..rounding import ROUNDINGS
 from .report_table import number_of
-from .rounding import ROUNDINGS
 
 LARGEST_SAMPLE = 1 << 20
 """Of a larger layer, this many evenly spaced values are compared."""

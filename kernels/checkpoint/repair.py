@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from .choices import choose
+from ..choices import choose
+from ..quantize import dequantize_tensor
 from .inspection import ERROR, Inspection, inspect_file, inspect_source
 from .layers import is_linear
 from .layouts import (
@@ -20,7 +21,6 @@ from .layouts import (
     scaled_layers,
 )
 from .presets import UNTOUCHED, Components
-from .quantize import dequantize_tensor
 from .safetensors_header import TensorInfo
 from .safetensors_io import Source, check_target, fault, open_source, refuse_same_file, writing
 

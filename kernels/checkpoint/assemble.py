@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .choices import choose
+from ..choices import choose
 from .inspection import ERROR, Inspection, inspect_source
 from .layouts import LAYOUTS, ScaledLayer
 from .safetensors_header import TensorInfo

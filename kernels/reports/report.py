@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
-from .error import ErrorStatistics, merge
-from .output_error import OutputError
+from ..calibration.output_error import OutputError
+from ..error import ErrorStatistics, merge
 
 REPORT_VERSION = 1
 

@@ -14,10 +14,10 @@ from functools import cached_property
 
 import torch
 
-from .calibration import CalibrationError, LayerCalibration
-from .formats import Float8Format
+from ..formats import Float8Format
+from ..scaling import SMALLEST_SCALE
+from .data import CalibrationError, LayerCalibration
 from .output_error import OutputError
-from .scaling import SMALLEST_SCALE
 
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean: what was seen is only a sample of what the layer will be fed."""

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import torch
 
+from ..choices import choose
+from ..error import ErrorStatistics, measure, merge
+from ..formats import E4M3FN, FORMATS, Float8Format
+from ..quantize import QuantizedTensor, finish, quantize_tensor, scale_tensor
+from ..reports.report import Recipe
+from ..rounding import CALIBRATED, FRACTION_BITS, code_positions
+from ..scaling import SCALINGS, SMALLEST_SCALE
 from .calibrate import calibrate
-from .calibration import Calibration, CalibrationError, LayerCalibration
-from .choices import choose
-from .error import ErrorStatistics, measure, merge
-from .formats import E4M3FN, FORMATS, Float8Format
+from .data import Calibration, CalibrationError, LayerCalibration
 from .output_error import OutputError
-from .quantize import QuantizedTensor, finish, quantize_tensor, scale_tensor
-from .report import Recipe
-from .rounding import CALIBRATED, FRACTION_BITS, code_positions
-from .scaling import SCALINGS, SMALLEST_SCALE
 
 FEW_ROWS = 3000
 """A layer that saw fewer rows is mentioned in the notes."""

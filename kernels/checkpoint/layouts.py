@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .formats import FORMATS
+from ..formats import FORMATS
 from .safetensors_io import Source, StoredTensor
 
 HEADER_ENTRY = "_quantization_metadata"

@@ -14,25 +14,25 @@ from pathlib import Path
 
 import torch
 
-from .calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
-from .calibration import Calibration, load_calibration
-from .choices import choose
-from .error import ErrorStatistics
-from .formats import FORMATS
+from ..calibration.calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
+from ..calibration.data import Calibration, load_calibration
+from ..calibration.output_error import OutputError
+from ..choices import choose
+from ..error import ErrorStatistics
+from ..formats import FORMATS
+from ..quantize import NonFiniteError, QuantizedTensor, dequantize_tensor
+from ..reports.report import KeptTensor, LayerReport, Recipe, Report
+from ..rounding import CALIBRATED, METHODS
+from ..scaling import SCALINGS, tensor_to_amax
+from ..trace import trace
+from ..version import VERSION
 from .generations import EXACT, verdicts
 from .inspection import ERROR, Finding, inspect_source
 from .layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from .layouts import HEADER_ENTRY, LAYOUTS, MATMULS, Markings, ScaledLayer, read_markings, read_scale, scaled_layers
-from .output_error import OutputError
 from .presets import TEXT_ENCODER, diffusers_model
-from .quantize import NonFiniteError, QuantizedTensor, dequantize_tensor
-from .report import KeptTensor, LayerReport, Recipe, Report
-from .rounding import CALIBRATED, METHODS
 from .safetensors_header import TensorInfo
 from .safetensors_io import CheckpointError, Source, Writer, check_target, fault, open_source, refuse_same_file, writing
-from .scaling import SCALINGS, tensor_to_amax
-from .trace import trace
-from .version import VERSION
 
 log = logging.getLogger("stochastic_fp8")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .choices import choose
-from .formats import FORMATS
-from .quantize import quantize_tensor
+from ..choices import choose
+from ..formats import FORMATS
+from ..quantize import quantize_tensor
 
 POINTS = 481
 

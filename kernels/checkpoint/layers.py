@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .choices import choose
+from ..choices import choose
 from .presets import FAMILIES, PRESETS, UNTOUCHED, Component, Components
 from .safetensors_header import TensorInfo
 

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from .formats import FORMATS
+from ..formats import FORMATS
+from ..scaling import SMALLEST_SCALE
 from .generations import Verdict, verdicts
 from .layers import SIDE_MULTIPLE, is_linear
 from .layouts import HEADER_ENTRY, Markings, ScaledLayer, read_markings, scaled_layers
 from .presets import PRESETS, UNTOUCHED, Components, diffusers_model
 from .safetensors_io import Source, open_source
-from .scaling import SMALLEST_SCALE
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
