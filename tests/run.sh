@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Builds what the tests need, then runs them. Arguments go to pytest in place of the whole suite:
 #   tests/run.sh tests/unit -k seed
-# BROWSER=1 also installs a browser when there is none.
+# A browser is installed when there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python3 tests/environment.py ${BROWSER:+--browser}
+python3 tests/environment.py --browser
 
 export COVERAGE_FILE=.build/coverage
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the two test processes share the cores
