@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class OutputError:
     """Error of the output relative to the output, both RMS, on the inputs of a calibration: √(tr E H Eᵀ / tr W H Wᵀ).
 
-    W is the weight, E what rounding adds to it, H the second moment of the inputs.
+    W is the weight, E what rounding adds to it, H the second moment of the inputs. Predicted on a sample of the
+    outputs where there are thousands.
     """
 
     rows: int

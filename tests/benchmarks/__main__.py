@@ -14,17 +14,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import calibration_rows  # noqa: E402
 import conftest  # noqa: E402, F401  (loads the pack)
 import cpu_rows  # noqa: E402
 import file_rows  # noqa: E402
+import quality_rows  # noqa: E402
 from measure import machine, table  # noqa: E402
 
 RESULTS = HERE / "RESULTS.md"
 SECTIONS = {
     "cpu": ("Tensors on the CPU, start and figures", cpu_rows.rows),
     "files": ("Files", file_rows.rows),
-    "calibration": ("Calibrated rounding", calibration_rows.rows),
+    "calibration": ("Calibrated rounding", quality_rows.rows),
     "big": ("Big files", file_rows.big_rows),
 }
 

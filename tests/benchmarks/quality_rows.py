@@ -16,7 +16,7 @@ from comfyui.server import ComfyUIServer
 from measure import Absent, Row
 from safetensors.torch import load_file
 from stochastic_fp8_pack.kernels import FORMATS, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels import calibration as calibration_module
+from stochastic_fp8_pack.kernels.calibration import data as calibration_data
 from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor
 from stochastic_fp8_pack.kernels.calibration.data import Observer, load_calibration
 
@@ -313,7 +313,7 @@ def block_rows():
 
 class _widest_block:
     def __init__(self, width):
-        self.width, self.before = width, calibration_module.WIDEST_BLOCK
+        self.width, self.before = width, calibration_data.WIDEST_BLOCK
 
     def __enter__(self):
         self._set(self.width)
@@ -322,8 +322,8 @@ class _widest_block:
         self._set(self.before)
 
     def _set(self, width):
-        calibration_module.WIDEST_BLOCK = width
-        calibration_module._band_shapes.cache_clear()
+        calibration_data.WIDEST_BLOCK = width
+        calibration_data._band_shapes.cache_clear()
 
 
 # Speed
