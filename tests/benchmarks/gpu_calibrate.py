@@ -1,0 +1,111 @@
+"""Calibrated rounding on an NVIDIA GPU: as good as on the CPU, and how long for 12 billion parameters.
+
+python tests/benchmarks/gpu_calibrate.py     # prints a Markdown section for RESULTS.md
+"""
+
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import conftest  # noqa: E402, F401  (loads the pack)
+import torch  # noqa: E402
+from measure import Row, table  # noqa: E402
+from stochastic_fp8_pack.kernels import FORMATS, dequantize_tensor, quantize_tensor  # noqa: E402
+from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor, input_scale  # noqa: E402
+from stochastic_fp8_pack.kernels.calibration.data import Calibration, LayerCalibration, Observer  # noqa: E402
+from stochastic_fp8_pack.kernels.reports.report import Recipe  # noqa: E402
+
+SHAPES = ((3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (3072, 15360))
+"""(outputs, inputs) of the layers of a model like Flux."""
+PARAMETERS, MINUTES = 12e9, 10
+CHUNK_ROWS = 4096
+
+
+def main():
+    print("## Calibrated rounding on an NVIDIA GPU\n")
+    gpu = torch.cuda.get_device_properties(0)
+    print(f"{gpu.name}, torch {torch.__version__}.\n\n    python tests/benchmarks/gpu_calibrate.py\n", flush=True)
+    print(table([*agreement_rows(), *matmul_rows(), *time_rows()]), flush=True)
+
+
+def inputs(rows, width, device, seed=0):
+    """Rows that share directions and differ in size, as activations do."""
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"generator": generator, "device": device}
+    shared = torch.randn(rows, width // 4, **options) @ torch.randn(width // 4, width, **options)
+    return (shared + torch.randn(rows, width, **options)) * torch.exp(0.5 * torch.randn(width, **options))
+
+
+def seen(width, rows, device="cuda"):
+    """The calibration of a layer, gathered and kept on `device`."""
+    observer = Observer(device)
+    for chunk in range(rows // CHUNK_ROWS):
+        observer.observe("weight", inputs(CHUNK_ROWS, width, device, chunk))
+    return observer.result().layers["weight"]
+
+
+def weight(outputs, width, device="cuda"):
+    generator = torch.Generator(device).manual_seed(1)
+    return (torch.randn(outputs, width, generator=generator, device=device) / width**0.5).bfloat16()
+
+
+def agreement_rows():
+    """The predicted error on both devices, from the same data."""
+    layer = seen(1536, 2 * CHUNK_ROWS)
+    packed = layer.read_moment()
+    on_cpu = LayerCalibration(layer.width, layer.rows, layer.amax, packed.cpu)
+    for format in FORMATS:
+        w = weight(768, 1536)
+        ours = calibrate_tensor(w, layer, format=format)
+        again = calibrate_tensor(w, layer, format=format)
+        other = calibrate_tensor(w.cpu(), on_cpu, format=format).output_error
+        ratio = ours.output_error.chosen / other.chosen
+        errors = [f"{100 * error.chosen:.3g} %" for error in (ours.output_error, other)]
+        name = f"768 x 1536, {format}: predicted error"
+        yield Row(name, errors[0], f"CPU {errors[1]}", f"{ratio:.4f} x", "within 1 %", abs(ratio - 1) <= 0.01)
+        same = torch.equal(ours.codes.view(torch.uint8), again.codes.view(torch.uint8))
+        yield Row(f"768 x 1536, {format}: run twice", "", "", "same bytes" if same else "other bytes", "same", same)
+
+
+def matmul_rows():
+    """An FP8 matrix multiplication with and without the input scale that a calibration gives."""
+    layer, w = seen(3072, 2 * CHUNK_ROWS), weight(3072, 3072)
+    x = inputs(CHUNK_ROWS, 3072, "cuda", seed=99) * 20
+    scaled = LayerCalibration(layer.width, layer.rows, 20 * layer.amax, layer.read_moment)
+    scale = input_scale(Calibration({"weight": scaled}), "weight", Recipe(matmul="fp8")).cuda()
+    q = quantize_tensor(w, rounding="nearest")
+    full = x @ dequantize_tensor(q.codes, q.scale).T
+    for name, factor in (("with input_scale", scale), ("at scale 1, clamped at 448", torch.ones((), device="cuda"))):
+        codes = (x / factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+        out = torch._scaled_mm(codes, q.codes.T, scale_a=factor, scale_b=q.scale, out_dtype=torch.bfloat16)
+        error = float((out.float() - full).norm() / full.norm())
+        verdict = ("<= 5 %", error <= 0.05) if factor is scale else ("", None)
+        yield Row(f"FP8 matmul {name}: error of the output", f"{100 * error:.2f} %", "full precision", "", *verdict)
+
+
+def time_rows():
+    """A layer of each shape, one after the other, and what that makes for a whole model."""
+    calibrate_tensor(weight(256, 3072), seen(3072, CHUNK_ROWS))
+    total = parameters = 0
+    for outputs, width in SHAPES:
+        w, layer = weight(outputs, width), seen(width, 4 * CHUNK_ROWS)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        q = calibrate_tensor(w, layer, statistics=True)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        total, parameters = total + seconds, parameters + w.numel()
+        gain = q.output_error.chosen / q.output_error.nearest
+        memory = f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        yield Row(f"{outputs} x {width}", f"{seconds:.2f} s", memory, f"error {gain:.2f} x nearest")
+    minutes = total / parameters * PARAMETERS / 60
+    what = f"all of them, for {PARAMETERS / 1e9:.0f} billion parameters"
+    yield Row(what, f"{minutes:.1f} min", "", "", f"<= {MINUTES} min", minutes <= MINUTES)
+
+
+if __name__ == "__main__":
+    main()
