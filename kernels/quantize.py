@@ -81,7 +81,8 @@ def quantize_tensor(
             codes.append(to_device(results[0], flat.device))
             errors.append(results[1])
         codes = torch.cat(codes) if len(codes) > 1 else codes[0]
-        return finish(x, flat, codes.view(float8.dtype), scale, amax, merge(errors) if statistics else None)
+        error = merge(errors) if len(errors) > 1 and statistics else errors[0]
+        return finish(x, flat, codes.view(float8.dtype), scale, amax, error)
 
     return with_enough_memory(quantize, torch.device(device or x.device), flat.numel(), key)
 
@@ -145,4 +146,4 @@ def _count_nonfinite(flat: torch.Tensor) -> tuple[int, int]:
 def _samples(flat: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[tuple[float, float], ...]:
     index = torch.tensor(evenly_spaced(flat.numel()), dtype=torch.int64, device=flat.device)
     some_codes = codes.view(torch.uint8)[index].cpu().view(codes.dtype)
-    return tuple(zip(flat[index].float().tolist(), dequantize_tensor(some_codes, scale).tolist(), strict=True))
+    return tuple(zip(flat[index].cpu().float().tolist(), dequantize_tensor(some_codes, scale).tolist(), strict=True))
