@@ -61,7 +61,7 @@ def time_rows():
     yield us("plain RNE cast, unscaled", plain, "limit: 3 bytes an element at the speed of a copy", limit)
     yield from rounding_rows(x, plain)
     yield from peer_rows(x)
-    yield from whole_tensor_rows(x, plain)
+    yield from whole_tensor_rows(x)
     yield from transfer_rows(x)
 
 
@@ -69,7 +69,10 @@ def rounding_rows(x, plain):
     """The pass that scales, rounds and encodes."""
     for rounding in ROUNDINGS:
         yield us(f"rounding pass, {rounding}", launches(rounding_pass(x, rounding)), "plain RNE cast", plain, 1.25)
-    yield us("rounding pass, stochastic, E5M2", launches(rounding_pass(x, "stochastic", "float8_e5m2")), "", plain)
+    e5m2 = launches(lambda: x.to(torch.float8_e5m2))
+    yield us(
+        "rounding pass, stochastic, E5M2", launches(rounding_pass(x, format="float8_e5m2")), "its plain RNE cast", e5m2
+    )
     for dtype in (torch.float16, torch.float32):
         source = x.to(dtype)
         cast = launches(lambda source=source: source.to(torch.float8_e4m3fn))
@@ -91,17 +94,18 @@ def peer_rows(x):
         yield faster("rounding pass, stochastic", ours, peer, run, bar)
 
 
-def whole_tensor_rows(x, plain):
+def whole_tensor_rows(x):
     """quantize_tensor from beginning to end: what the GPU is busy with, and what passes until it returns."""
     amax = busy(lambda: nvidia.tensor_to_amax(x.view(-1)))
-    norm = launches(lambda: torch.linalg.vector_norm(x, float("inf")))
-    yield us("amax", amax, "torch.linalg.vector_norm(x, inf)", norm)
+    norm = busy(lambda: torch.linalg.vector_norm(x, float("inf")))
+    yield us("amax: GPU time", amax, "torch.linalg.vector_norm(x, inf)", norm)
+    plain = busy(lambda: x.to(torch.float8_e4m3fn))
     for measured in (False, True):
         what = f"whole tensor{', statistics' if measured else ''}"
         ours = busy(lambda measured=measured: quantize_tensor(x, key="k", statistics=measured))
         yield us(f"{what}: GPU time", ours, "plain RNE cast", plain, 3 if measured else None)
         passing = wall(lambda measured=measured: quantize_tensor(x, key="k", statistics=measured))
-        yield us(f"{what}: until it returns", passing, "plain RNE cast", plain)
+        yield us(f"{what}: until it returns", passing, "GPU time of that", ours)
 
 
 def transfer_rows(x):
@@ -128,7 +132,8 @@ def check_rows():
     yield verdict("amax", found["tensors"], found["amax_differs"])
     for name in (*gpu_checks.COUNTED, "sums"):
         yield verdict(f"statistics: {name.replace('_', ' ')}", found["statistics"], found[f"{name}_differs"])
-    yield verdict("bytes: strides, offsets, dimensions, another stream", "all", gpu_checks.layouts())
+    gpus = torch.cuda.device_count()
+    yield verdict(f"bytes: strides, offsets, dimensions, a stream, GPUs ({gpus})", "all", gpu_checks.layouts())
     compared, differ = gpu_checks.beyond_int32()
     yield verdict("bytes: more than 2^31 elements", compared, differ)
     yield verdict("NaN and infinite values: found and counted", "all", 0 if gpu_checks.nonfinite() else "some")
@@ -172,7 +177,7 @@ def launches(run):
 def busy(run, times=30):
     """How long the GPU works for a call, in microseconds: the kernels', copies' and fills' own times."""
     run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(times):
             run()
         torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import random
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -20,28 +21,30 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 SIZES = [0, 1, 2, 3, 1000, 65535, 65536, 65537, 131071, 131072, 131073, 262144 + 65536 + 5, 1_000_003, 3072 * 1024 + 1]
 DRAWS = 2
 POISON = 0xA5
-PROCESSES = 8
 COUNTED = ("count", "saturated", "flushed", "exact", "amax", "step_histogram", "relative_histogram")
 
 
 def heavy_tailed(n, dtype):
-    """Fresh weights with outliers, tiny values, both zeros, exact grid values and ties."""
-    values = torch.randn(n, dtype=torch.float64) * torch.exp(2 * torch.randn(n, dtype=torch.float64))
-    values[torch.rand(n) < 0.02] = 0.0
-    values[torch.rand(n) < 0.02] = -0.0
-    values = torch.where(torch.rand(n) < 0.05, torch.exp2(torch.randint(-40, 10, (n,)).double()), values)
-    return (values * random.choice([1.0, 1e-6, 0.02, 3.0])).clamp(-6e4, 6e4).to(DTYPES[dtype])
+    """Fresh weights with outliers, tiny values, both zeros and powers of two. Drawn on the GPU, which is quicker."""
+    with torch.device("cuda"):
+        values = torch.randn(n, dtype=torch.float64) * torch.exp(2 * torch.randn(n, dtype=torch.float64))
+        powers = torch.exp2(torch.randint(-40, 10, (n,)).double())
+        kinds = torch.rand(n)
+    for share, special in ((0.09, powers), (0.04, -0.0), (0.02, 0.0)):
+        values = torch.where(kinds < share, special, values)
+    return (values * random.choice([1.0, 1e-6, 0.02, 3.0])).clamp(-6e4, 6e4).to(DTYPES[dtype]).cpu()
 
 
 def grid():
     """Every format, rounding and dtype, each in a process of its own (they mostly compile): a Counter of findings."""
     combinations = list(product(DTYPES, FORMATS, ROUNDINGS))
-    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         return sum(pool.map(check_combination, combinations), Counter())
 
 
 def check_combination(combination):
     dtype, format, rounding = combination
+    torch.set_num_threads(1)
     torch.seed()
     found = Counter()
     for n, scaling, _ in product(SIZES, SCALINGS, range(DRAWS)):
@@ -83,7 +86,7 @@ def _poison(n):
 
 
 def layouts():
-    """Non-contiguous and offset tensors, any dimensions, another stream: how many bytes differ from the CPU's."""
+    """Non-contiguous and offset tensors, any dimensions, another stream, every GPU: how many bytes differ."""
     x = heavy_tailed(1500 * 700, "bfloat16").reshape(1500, 700)
     side_stream = torch.cuda.Stream()
     views = [lambda t: t.T, lambda t: t[1:], lambda t: t.reshape(-1)[1:], lambda t: t[:, ::3], lambda t: t[7, 9]]
@@ -95,7 +98,11 @@ def layouts():
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
             differ += _differ(quantize_tensor(view(on_gpu), key="k", seed=3).codes, expected)
-        differ += _differ(quantize_tensor(view(x), key="k", seed=3, device="cuda").codes, expected)
+        differ += _differ(quantize_tensor(view(on_gpu), key="k", seed=3, device="cpu").codes, expected)
+        for gpu in range(torch.cuda.device_count()):
+            there = quantize_tensor(view(x).to(f"cuda:{gpu}"), key="k", seed=3, statistics=True)
+            back = quantize_tensor(view(x), key="k", seed=3, device=f"cuda:{gpu}")
+            differ += _differ(there.codes, expected) + _differ(back.codes, expected) + (there.codes.device.index != gpu)
     return differ
 
 
