@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from comfy_api.latest import io, ui
 
-from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe, comparison
+from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
 from ..kernels.checkpoint.layers import LAYERS
 from ..kernels.error import evenly_spaced
 from ..kernels.figures import comparison_figure, rounding_curve, to_image
+from ..kernels.reports import comparison
 from ..kernels.reports.rounding_curve import measure_rounding
 from . import in_graph, models
 from .networks import Network, narrow

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from comfy_api.latest import io, ui
 
-from ..kernels import LayerReport, Report, report_table
+from ..kernels import LayerReport, Report
 from ..kernels.checkpoint.layers import compile_pattern
 from ..kernels.figures import error_histogram, layer_report, to_image
+from ..kernels.reports import report_table
 from .options import combo, patterns
 from .progress import Progress
 from .schema import CATEGORY, FP8Report, fit
