@@ -67,7 +67,11 @@ class StochasticFP8Compare(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(id="IMAGE", display_name="image", tooltip="Error and bias of every rounding."),
-                io.String.Output(id="markdown", tooltip="The recommendation, and a table with a row a rounding."),
+                io.String.Output(
+                    id="markdown",
+                    display_name="markdown",
+                    tooltip="The recommendation, and a table with a row a rounding.",
+                ),
             ],
             is_output_node=True,
         )

@@ -50,8 +50,12 @@ class StochasticFP8ImageCompare(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(id="IMAGE", display_name="image", tooltip="A, B and the difference; one a pair."),
-                io.Float.Output(id="psnr", tooltip="PSNR in dB, the mean over the pairs; infinite for equal images."),
-                io.Float.Output(id="ssim", tooltip="SSIM, the mean over the pairs; 1 for equal images."),
+                io.Float.Output(
+                    id="psnr", display_name="psnr", tooltip="PSNR in dB, mean over the pairs; infinite if equal."
+                ),
+                io.Float.Output(
+                    id="ssim", display_name="ssim", tooltip="SSIM, the mean over the pairs; 1 for equal images."
+                ),
             ],
             is_output_node=True,
         )

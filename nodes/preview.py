@@ -138,8 +138,14 @@ class StochasticFP8LayerReport(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(id="IMAGE", display_name="image", tooltip="Loss by layer, and sizes before and after."),
-                io.String.Output(id="markdown", tooltip="A table with a row a layer, worst first."),
-                io.String.Output(id="json", tooltip="The same table for programs, with the recipe and the sizes."),
+                io.String.Output(
+                    id="markdown", display_name="markdown", tooltip="A table with a row a layer, worst first."
+                ),
+                io.String.Output(
+                    id="json",
+                    display_name="json",
+                    tooltip="The same table for programs, with the recipe and the sizes.",
+                ),
             ],
             is_output_node=True,
         )
