@@ -12,6 +12,7 @@ from ..kernels.calibration.calibrated import calibration_notes, check_calibratio
 from ..kernels.calibration.data import Calibration
 from ..kernels.checkpoint.layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from ..kernels.checkpoint.presets import TEXT_ENCODER
+from ..kernels.devices import to_device
 from ..kernels.rounding import CALIBRATED
 from ..kernels.version import VERSION
 from .models import Part
@@ -126,12 +127,15 @@ def _quantize_weight(
     network: Network, name: str, recipe: Recipe, device: torch.device, calibration: Calibration | None
 ) -> tuple[ScaledWeight, LayerReport]:
     info = network.info(name)
-    q = quantize_weight(narrow(network.value(name, device)), name, recipe, calibration)
     home = network.patcher.offload_device
+    start = network.tensor(name).device if network.is_plain(name) else device
+    q = quantize_weight(narrow(network.value(name, start)), name, recipe, calibration, device=device)
     full_precision = recipe.matmul == "full" and not network.is_text_encoder
     known = network.scaled[name].input_scale if name in network.scaled else None
     measured = input_scale(calibration, name, recipe)
-    scaled = ScaledWeight(q.codes.to(home), q.scale.to(home), full_precision, known if measured is None else measured)
+    scaled = ScaledWeight(
+        to_device(q.codes, home), q.scale.to(home), full_precision, known if measured is None else measured
+    )
     layer = LayerReport(
         name, info.shape, info.dtype, info.nbytes, q.amax, q.scale.item(), q.error, output_error=q.output_error
     )

@@ -103,6 +103,10 @@ class Network:
             return x
         return comfy.lora.calculate_weight(patches, x.to(torch.float32, copy=True), self._key(name))
 
+    def is_plain(self, name: str) -> bool:
+        """Whether the value is the tensor itself: neither scaled FP8 nor patched."""
+        return name not in self.scaled and self._key(name) not in self.patcher.patches
+
     def stored(self, name: str) -> torch.Tensor:
         """The tensor as a file holds it: codes, or the narrowest float type that keeps every value."""
         if name in self.scaled:
