@@ -26,6 +26,8 @@ TRUSTED_ROWS = 3000
 
 COLUMNS = 128
 """Inputs whose effect on the rest is gathered in one matrix multiplication."""
+SHRINKING = 0.75
+"""What is done is cut off a matrix when less than this share of it is left."""
 CHUNK_ELEMENTS = 1 << 26
 """Outputs are independent of each other: as many are rounded at once as bound the memory of intermediates."""
 
@@ -80,17 +82,17 @@ def damping_share(rows: int) -> float:
 
 
 class _Problem:
-    """A layer's second moment, ready for rounding: blocks whose inputs come in order of falling power."""
+    """A layer's second moment, ready for rounding: blocks with their inputs in the order in which they are rounded."""
 
     def __init__(self, calibration: LayerCalibration, device: torch.device):
         moment = calibration.moment(device)
-        self.order = moment.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        power = moment.diagonal(dim1=1, dim2=2).mean(1)
+        self.damping = (damping_share(calibration.rows) * power).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        self.order, factor = _factor(moment, self.damping)
         self.back = self.order.argsort(dim=1)
         self.moment = torch.stack([h[order][:, order] for h, order in zip(moment, self.order, strict=True)])
-        diagonal = self.moment.diagonal(dim1=1, dim2=2)
-        self.damping = (damping_share(calibration.rows) * diagonal.mean(1, keepdim=True)).clamp(
-            min=torch.finfo(torch.float32).tiny
-        )
+        self.feed_forward = factor / factor.diagonal(dim1=1, dim2=2)[:, None]
+        """[:, i, j]: the share of input i's error that a later input j makes up for; fp32 (blocks, side, side)."""
 
     def columns(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight (out, in) as fp32 (blocks, side, out)."""
@@ -114,17 +116,47 @@ class _Problem:
         return total.clamp(min=0)
 
     @cached_property
-    def feed_forward(self) -> torch.Tensor:
-        """[:, i, j]: the share of input i's error that a later input j makes up for; fp32 (blocks, side, side)."""
-        damped = self.moment.double()
-        damped.diagonal(dim1=1, dim2=2).add_(self.damping)
-        factor = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
-        return (factor / factor.diagonal(dim1=1, dim2=2)[:, None]).float()
-
-    @cached_property
     def descent(self) -> torch.Tensor:
         """[:, i, j]: the share of input i's error that input j alone would best make up for."""
         return self.moment / (self.moment.diagonal(dim1=1, dim2=2) + self.damping)[:, None]
+
+
+def _factor(moment: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, R): R upper triangular with R Rᵀ = D[order][:, order] for each block D of the damped moment.
+
+    The error that nothing can make up for any more is R's squared diagonal: of all inputs that could be rounded last,
+    the one is taken with the least of it, then the last but one, and so on (min-pivot order: Chen et al., The Geometry
+    of LLM Quantization, 2025). A Cholesky decomposition with pivoting, from the last row up, in panels of COLUMNS.
+
+    moment: fp32 (blocks, side, side). damping: (blocks, 1). order: int64 (blocks, side). fp32 suffices: no pivot is
+    below the damping, which is far above its rounding errors.
+    """
+    matrix = moment + torch.diag_embed(damping.expand(-1, moment.shape[1]))
+    blocks, side, _ = matrix.shape
+    block = torch.arange(blocks, device=matrix.device)
+    order = torch.empty(blocks, side, dtype=torch.int64, device=matrix.device)
+    factor = torch.zeros_like(matrix)
+    names = torch.arange(side, device=matrix.device).repeat(blocks, 1)
+    pivots = matrix.diagonal(dim1=1, dim2=2).clone()
+    for start in range(0, side, COLUMNS):
+        stop = min(start + COLUMNS, side)
+        panel = matrix.new_zeros(*names.shape, stop - start)
+        for i in range(stop - start):
+            least, pick = pivots.min(1)
+            known = panel[:, :, :i] @ panel[block, pick, :i, None]
+            panel[:, :, i] = (matrix[block, pick] - known[:, :, 0]) / least[:, None].maximum(damping).sqrt()
+            pivots -= panel[:, :, i].square()
+            pivots[block, pick] = torch.inf
+            order[:, start + i] = names[block, pick]
+        factor[:, :, start:stop].scatter_(1, names[:, :, None].expand_as(panel), panel)
+        if (side - stop) < SHRINKING * names.shape[1]:
+            left = pivots.isfinite()
+            matrix = torch.stack([m[rest][:, rest] for m, rest in zip(matrix, left, strict=True)])
+            panel = panel[left].view(blocks, side - stop, stop - start)
+            names, pivots = (x[left].view(blocks, side - stop) for x in (names, pivots))
+        matrix.baddbmm_(panel, panel.mT, alpha=-1)
+    factor = factor.gather(1, order[:, :, None].expand_as(factor))
+    return order.flip(1), factor.flip(1, 2).triu_()
 
 
 def _round(problem, scaled: torch.Tensor, format: Float8Format, descents: int) -> torch.Tensor:

@@ -49,10 +49,10 @@ def output_error(weight, codes, scale, x):
 
 
 def textbook_gptq(weight, moment, damping, format):
-    """Frantar et al., algorithm 1 with activation order, column by column in float64, on a weight already scaled."""
-    order = np.argsort(-np.diag(moment), kind="stable")
-    hessian = moment[np.ix_(order, order)]
-    hessian = hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))
+    """Frantar et al., algorithm 1, column by column in float64, on a weight already scaled."""
+    hessian = moment + damping * np.diag(moment).mean() * np.eye(len(moment))
+    order = least_loss_last(hessian)
+    hessian = hessian[np.ix_(order, order)]
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     w = weight[:, order].copy()
     codes = np.empty(w.shape, np.uint8)
@@ -63,6 +63,20 @@ def textbook_gptq(weight, moment, damping, format):
         w[:, j:] -= np.outer(error, upper[j, j:])
         codes[:, j] = code.numpy()
     return codes[:, np.argsort(order)]
+
+
+def least_loss_last(hessian):
+    """From the last place to the first, the input whose variance given those already placed is the least."""
+    placed = []
+    for _ in range(len(hessian)):
+        inverse = np.linalg.inv(hessian[np.ix_(placed, placed)])
+        loss = {
+            j: hessian[j, j] - hessian[j, placed] @ inverse @ hessian[placed, j]
+            for j in range(len(hessian))
+            if j not in placed
+        }
+        placed.append(min(loss, key=loss.get))
+    return np.array(placed[::-1])
 
 
 @formats
