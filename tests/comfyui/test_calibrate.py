@@ -216,3 +216,25 @@ def hooks_on(bench, word):
     scene, _ = landscape(graph, word)
     node = graph.add("TestHooks", model=scene[0])
     return json.loads(bench.texts(graph, node)[0])
+
+
+@pytest.mark.parametrize("node", ["Calibrate", "SaveCalibration", "LoadCalibration"])
+def test_help_pages_name_every_input(bench, node):
+    page = bench.server.get(f"/extensions/stochastic-fp8/docs/StochasticFP8{node}.md").decode()
+    inputs = bench.server.object_info(f"StochasticFP8{node}")["input_order"]
+    for name in (name for group in inputs.values() for name in group):
+        assert name in page
+
+
+def test_calibrated_is_offered_where_a_calibration_can_be_connected(bench):
+    def roundings(node):
+        description = bench.server.object_info(node)["input"]
+        (type_, *options) = description["required"]["rounding"]
+        choices = type_ if isinstance(type_, list) else options[0]["options"]
+        return choices, "calibration" in description["optional"]
+
+    for node in ("StochasticFP8Quantize", "StochasticFP8QuantizeFile"):
+        choices, connects = roundings(node)
+        assert "calibrated" in choices and connects
+    choices, connects = roundings("StochasticFP8QuantizeTextEncoder")
+    assert "calibrated" not in choices and not connects
