@@ -1,5 +1,7 @@
 """Every example workflow opens without a missing node, has its thumbnail, and runs in a real server."""
 
+import re
+
 import demo
 import numpy as np
 import pytest
@@ -34,6 +36,11 @@ def run(bench, name, models=()):
 
 def pictures(bench, outputs, node_type="PreviewImage"):
     return [bench.server.view(image) for output in outputs[node_type] for image in output["images"]]
+
+
+def is_numbered(names, prefix):
+    """Whether this is one name that ComfyUI counted up; other tests of the same server may have run the workflow."""
+    return len(names) == 1 and re.fullmatch(rf"{re.escape(prefix)}_\d{{5}}_\.safetensors", names[0])
 
 
 def test_every_example_is_here():
@@ -75,12 +82,12 @@ def test_try_it_now(bench):
     before, after = (bench.server.view(compared[f"{side}_images"][0]) for side in "ab")
     assert before.size == after.size == (256, 256)
     assert before.tobytes() != after.tobytes()
-    assert outputs["StochasticFP8Save"][0]["text"] == ["tiny_landscapes_fp8_00001_.safetensors"]
+    assert is_numbered(outputs["StochasticFP8Save"][0]["text"], "tiny_landscapes_fp8")
 
 
 def test_quantize_and_save(bench):
     outputs = run(bench, "Quantize and save", {"sd3.5_large.safetensors": bench.model_file("sd3").name})
-    assert outputs["StochasticFP8Save"][0]["text"] == ["sd3.5_large_fp8_00001_.safetensors"]
+    assert is_numbered(outputs["StochasticFP8Save"][0]["text"], "sd3.5_large_fp8")
     assert pictures(bench, outputs)[0].size == (1024, 768)
 
 
@@ -92,7 +99,7 @@ def test_quantize_after_lora(bench):
         "my_lora.safetensors": lora.name,
     }
     outputs = run(bench, "Quantize after LoRA", models)
-    assert outputs["StochasticFP8Save"][0]["text"] == ["my_lora_fp8_00001_.safetensors"]
+    assert is_numbered(outputs["StochasticFP8Save"][0]["text"], "my_lora_fp8")
     assert pictures(bench, outputs)[0].size[0] == 1536
     assert "lora key not loaded" not in bench.server.log()
 
@@ -115,7 +122,7 @@ def test_text_encoder(bench):
     }
     outputs = run(bench, "Text encoder", models)
     path = bench.saved(outputs["StochasticFP8Save"][0]["text"][0], "clip")
-    assert path.name == "t5xxl_fp8_00001_.safetensors"
+    assert is_numbered([path.name], "t5xxl_fp8")
     assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in load_file(path).values()) == 168
     if bench.server.version < NEW:
         assert "T5 is read in the legacy layout only" in bench.server.log()

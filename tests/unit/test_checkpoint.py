@@ -458,6 +458,7 @@ def test_a_result_that_comfyui_could_not_use_is_not_written(source, tmp_path, ta
 
 JOB = """
     import importlib, os, resource, signal, sys, types
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     for name, path in (("pack", {root!r}), ("pack.kernels", {root!r} + "/kernels")):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [path]

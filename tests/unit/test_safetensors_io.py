@@ -449,6 +449,7 @@ def test_a_dead_jobs_file_is_removed_and_a_living_ones_stays(tmp_path):
 
 JOB = """
     import importlib, os, resource, signal, sys, types
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
     for name, path in (("pack", {root!r}), ("pack.kernels", {root!r} + "/kernels")):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [path]
