@@ -97,14 +97,20 @@ def test_chunk_size_changes_no_byte(monkeypatch, dtype, rounding):
 
 @roundings
 def test_thread_count_changes_no_byte(rounding):
-    x = heavy_tailed(500_000, "bfloat16")
-    expected = codes_of(x, rounding=rounding)
+    x = heavy_tailed(1_700_000, "bfloat16")
     threads = torch.get_num_threads()
+    results = []
     try:
-        torch.set_num_threads(1 if threads > 1 else 2)
-        assert torch.equal(codes_of(x, rounding=rounding), expected)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            q = quantize_tensor(x, rounding=rounding, statistics=True)
+            results.append((q.codes.view(torch.uint8), q.error.step_histogram, q.error.flushed))
+            assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
+    for codes, *counts in results[1:]:
+        assert torch.equal(codes, results[0][0])
+        assert counts == list(results[0][1:])
 
 
 @roundings
