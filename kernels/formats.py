@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -41,7 +42,7 @@ class Float8Format:
         """The largest finite value."""
         return self.decode(self.max_code)
 
-    @property
+    @cached_property
     def values(self) -> tuple[float, ...]:
         """The value of each of the 256 codes, NaN and infinities included."""
         return tuple(self.decode(code) for code in range(256))
