@@ -8,7 +8,8 @@ import torch
 from browser.chromium import NODE_MODULES, Browser
 from browser.workspace import SCREENSHOTS, Workspace
 
-LAYERS = 4_000
+LONG = 20_000
+"""Layers of long.safetensors: most of a minute's work, of which tests see the first seconds."""
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +24,10 @@ def browser():
 
 @pytest.fixture(scope="session")
 def models(comfyui):
-    """The server, with tiny.safetensors, and long.safetensors whose many layers take a while."""
+    """The server, with tiny.safetensors, and long.safetensors, whose many layers take a while."""
     folder = comfyui.models("diffusion_models")
     tiny_models.write_sd3(folder / "tiny.safetensors")
-    layers = torch.randn(LAYERS, 16, 16).bfloat16().unbind()
+    layers = torch.randn(LONG, 16, 16).bfloat16().unbind()
     long = {f"blocks.{i}.proj.weight": layer.clone() for i, layer in enumerate(layers)}
     tiny_models.save(long, folder / "long.safetensors")
     return comfyui
