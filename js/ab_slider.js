@@ -15,18 +15,22 @@ export class ABSlider {
    */
   constructor(page) {
     this.page = page;
+    this.names = ["A", "B"];
     this.pairs = [];
     this.pair = 0;
     this.host = this.#build();
     this.#move(50);
     this.#view("slider");
+    this.#name(this.names);
   }
 
   /**
    * @param {object[]} a pictures as ComfyUI names them: {filename, subfolder, type}
    * @param {object[]} b
+   * @param {string[]} [names] what the pictures of each side are called
    */
-  show(a, b) {
+  show(a, b, names) {
+    this.#name(names ?? this.names);
     const length = Math.max(a.length, b.length);
     this.pairs = Array.from({ length }, (_, i) => [a[Math.min(i, a.length - 1)], b[Math.min(i, b.length - 1)]]);
     this.#showPair(Math.min(this.pair, length - 1));
@@ -41,8 +45,8 @@ export class ABSlider {
     this.empty = element("p", { class: "soft", textContent: "Run the workflow to compare two images here." });
     this.imageA = element("img", { class: "a", alt: "", load: () => this.#fit() });
     this.imageB = element("img", { alt: "" });
-    this.labelA = element("span", { class: "label left", textContent: "A" });
-    this.labelB = element("span", { class: "label right", textContent: "B" });
+    this.labelA = element("span", { class: "label left" });
+    this.labelB = element("span", { class: "label right" });
     this.pictures = element(
       "div",
       { class: "pictures", tabIndex: 0, hidden: true },
@@ -134,20 +138,24 @@ export class ABSlider {
     this.#describe();
   }
 
+  #name(names) {
+    this.names = names;
+    [this.labelA.textContent, this.labelB.textContent] = names;
+    this.#describe();
+  }
+
   #describe() {
     const { pictures } = this;
+    const [a, b] = this.names.map((name) => `image ${name}`);
     const sliding = this.shown !== "difference";
     pictures.setAttribute("role", sliding ? "slider" : "img");
-    pictures.setAttribute(
-      "aria-label",
-      sliding ? "Divider between image A and image B" : "Difference between image A and image B",
-    );
+    pictures.setAttribute("aria-label", sliding ? `Divider between ${a} and ${b}` : `Difference between ${a} and ${b}`);
     const at = Math.round(this.at);
     const values = {
       "aria-valuemin": 0,
       "aria-valuemax": 100,
       "aria-valuenow": at,
-      "aria-valuetext": `${at} % image A`,
+      "aria-valuetext": `${at} % ${a}`,
     };
     for (const [name, value] of Object.entries(values)) {
       if (sliding) pictures.setAttribute(name, value);

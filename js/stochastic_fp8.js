@@ -64,7 +64,7 @@ function addSlider(node) {
   addElement(node, "stochastic_fp8_slider", slider.host, SLIDER_SIZE);
   if (amplify) chain(amplify, "callback", () => slider.refresh());
   chain(node, "onExecuted", (output) => {
-    if (output?.a_images && output?.b_images) slider.show(output.a_images, output.b_images);
+    if (output?.a_images && output?.b_images) slider.show(output.a_images, output.b_images, output.names);
   });
 }
 

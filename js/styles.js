@@ -86,9 +86,10 @@ img { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: n
 }
 .label {
   position: absolute; top: 6px; padding: 0 6px; border-radius: 3px; color: #fff; background: rgb(0 0 0 / .65);
-  pointer-events: none; max-width: 45%;
+  pointer-events: none; max-width: calc(min(45%, var(--room)) - 24px);
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
 }
-.label.left { left: 6px; }
-.label.right { right: 6px; }
+.label.left { left: 6px; --room: var(--at); }
+.label.right { right: 6px; --room: 100% - var(--at); }
 .difference .line, .difference .label { display: none; }
 `;

@@ -15,6 +15,9 @@ from .schema import CATEGORY, fit
 SSIM_WINDOW = 11
 """Side of the window in pixels, as in Wang et al., Image Quality Assessment (2004)."""
 
+NAMES = ("A", "B")
+"""What images are called that a user gave no name."""
+
 _AMPLIFY_TOOLTIP = "How much brighter the difference is shown. 8 makes a difference of 32 levels of 255 white."
 
 
@@ -47,6 +50,16 @@ class StochasticFP8ImageCompare(io.ComfyNode):
                     optional=True,
                     tooltip="Pixels of the sheet. The numbers are those of the full images, whatever the width.",
                 ),
+                *(
+                    fit(
+                        io.String.Input,
+                        f"label_{name.lower()}",
+                        default=name,
+                        optional=True,
+                        tooltip=f"What to call image {name}, on the sheet and on the slider.",
+                    )
+                    for name in NAMES
+                ),
             ],
             outputs=[
                 io.Image.Output(id="IMAGE", display_name="image", tooltip="A, B and the difference; one a pair."),
@@ -61,11 +74,13 @@ class StochasticFP8ImageCompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image_a, image_b, amplify, width=1536):
+    def execute(cls, image_a, image_b, amplify, width=1536, label_a="A", label_b="B"):
         a, b = pair_up(image_a, image_b)
+        names = tuple(label.strip() or name for label, name in zip((label_a, label_b), NAMES, strict=True))
         scores = [similarity(*pair) for pair in zip(a, b, strict=True)]
-        sheet = torch.cat(list(sheets(a, b, scores, amplify, width)))
-        shown = {f"{name}_images": ui.PreviewImage(image, cls=cls).values for name, image in (("a", a), ("b", b))}
+        sheet = torch.cat(list(sheets(a, b, scores, amplify=amplify, names=names, width=width)))
+        shown = {f"{side}_images": ui.PreviewImage(image, cls=cls).values for side, image in (("a", a), ("b", b))}
+        shown["names"] = list(names)
         psnr, ssim = (mean(values) for values in zip(*scores, strict=True))
         return io.NodeOutput(sheet, psnr, ssim, ui=shown)
 
@@ -87,15 +102,14 @@ def pair_up(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def sheets(
-    a: torch.Tensor, b: torch.Tensor, scores: Sequence[tuple[float, float]], amplify: int, width: int
+    a: torch.Tensor, b: torch.Tensor, scores: Sequence[tuple[float, float]], **choices
 ) -> Iterator[torch.Tensor]:
-    """An IMAGE of each pair. scores: (PSNR, SSIM) of each."""
+    """An IMAGE of each pair. scores: (PSNR, SSIM) of each. choices: those of image_sheet."""
     progress = Progress()
     for i, (psnr, ssim) in enumerate(scores):
         progress(i, len(a), "")
-        title = "A and B" if len(a) == 1 else f"A and B, pair {i + 1} of {len(a)}"
-        choices = {"amplify": amplify, "title": title, "width": width}
-        yield to_image(image_sheet(a[i].numpy(), b[i].numpy(), psnr=psnr, ssim=ssim, **choices))
+        which = f"pair {i + 1} of {len(a)}" if len(a) > 1 else ""
+        yield to_image(image_sheet(a[i].numpy(), b[i].numpy(), psnr=psnr, ssim=ssim, which=which, **choices))
     progress(len(a), len(a), "")
 
 

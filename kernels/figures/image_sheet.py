@@ -6,13 +6,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .style import MARGIN, RULE, WIDTH_INCHES, house_style, new_figure, percent, write_caption, write_titles
+from .style import (
+    MARGIN,
+    RULE,
+    WIDTH_INCHES,
+    house_style,
+    new_figure,
+    percent,
+    shorten_middle,
+    write_caption,
+    write_titles,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GAP, TOP, BOTTOM = 0.14, 1.05, 0.75
 SEEN = 8
+NAME_CHARACTERS = 28
 TALLEST = 4
 """Times as high as wide: a picture taller than this is refused, since its sheet would be all height."""
 
@@ -25,12 +36,14 @@ def image_sheet(
     psnr: float,
     ssim: float,
     amplify: int = 8,
-    title: str = "A and B",
+    names: tuple[str, str] = ("A", "B"),
+    which: str = "",
     width: int = 1536,
 ) -> Figure:
     """A, B, and |A - B| times `amplify`, with the numbers below.
 
     a, b: float (H, W, 3) in 0..1, of one size. psnr in dB, infinite for equal pictures. ssim: 1 for equal ones.
+    names: what A and B are called. which: which of several sheets this is, for the title.
     Raises ValueError for pictures of different sizes, or more than TALLEST times as high as wide.
     """
     if a.shape != b.shape:
@@ -42,16 +55,17 @@ def image_sheet(
     inches = TOP + panel * rows / columns + BOTTOM
     figure = new_figure(width, round(width * inches / WIDTH_INCHES), lowest=0)
     difference = np.clip(np.abs(a - b) * amplify, 0, 1)
-    for i, (picture, name) in enumerate(((a, "A"), (b, "B"), (difference, f"difference × {amplify}"))):
+    panels = zip((a, b, difference), (*names, f"difference × {amplify}"), strict=True)
+    for i, (picture, name) in enumerate(panels):
         left = (MARGIN + i * (panel + GAP)) / WIDTH_INCHES
         axes = figure.add_axes((left, BOTTOM / inches, panel / WIDTH_INCHES, panel * rows / columns / inches))
         axes.imshow(np.clip(picture, 0, 1), aspect="auto", vmin=0, vmax=1)
         axes.set(xticks=(), yticks=())
-        axes.set_title(name)
+        axes.set_title(shorten_middle(name, NAME_CHARACTERS))
         axes.grid(False)
         for spine in axes.spines.values():
             spine.set(visible=True, color=RULE)
-    write_titles(figure, title, describe_size(a))
+    write_titles(figure, ", ".join(filter(None, (" and ".join(names), which))), describe_size(a))
     write_caption(figure, in_plain_words(a, b), in_numbers(a, b, psnr, ssim))
     return figure
 

@@ -15,9 +15,9 @@ def pictures(models):
         Image.fromarray((255 * pixels).byte().numpy()).save(models.base / "input" / f"{name}.png")
 
 
-def compare(workspace, batch=1):
+def compare(workspace, batch=1, **labels):
     """Two pictures -> Compare Images (A/B), run. ``batch``: how many pairs."""
-    node = workspace.add("StochasticFP8ImageCompare", (500, 150))
+    node = workspace.add("StochasticFP8ImageCompare", (500, 150), **labels)
     for index, name in enumerate("ab"):
         source = workspace.add("LoadImage", (100, 150 + 350 * index), image=f"{name}.png")
         if batch > 1:
@@ -68,6 +68,18 @@ def test_the_divider_shows_a_left_and_b_right(workspace, pictures):
     assert colours(workspace, "divider_middle") == [255, 127]
     stage(workspace).press("Home")
     assert colours(workspace, "divider_left") == [127, 127]
+
+
+def test_the_pictures_have_the_names_they_were_given(workspace, pictures):
+    workspace.open()
+    compare(workspace, label_a="sixteen bits", label_b="nearest " * 20)
+    assert "between image sixteen bits and image nearest" in stage(workspace).getAttribute("aria-label")
+    boxes = [workspace.find(f".label.{side}", "slider").boundingBox() for side in ("left", "right")]
+    assert workspace.find(".label.left", "slider").textContent() == "sixteen bits"
+    inside = stage(workspace).boundingBox()
+    assert boxes[0]["x"] + boxes[0]["width"] < inside["x"] + inside["width"] / 2 < boxes[1]["x"]
+    assert workspace.violations("slider") == []
+    workspace.screenshot("slider_names")
 
 
 def test_the_difference_is_amplified(workspace, pictures):

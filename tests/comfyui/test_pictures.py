@@ -141,6 +141,18 @@ def test_compare_images_measures_the_difference(bench, comfyui, graph):
         assert comfyui.view(picture).getpixel((32, 32)) == (level,) * 3
 
 
+def test_compare_images_calls_them_as_it_is_told(bench, comfyui, graph):
+    images = {"image_a": grey(graph, 100), "image_b": grey(graph, 151), "amplify": 2}
+    labels = ({}, {"label_a": "A", "label_b": " "}, {"label_a": "original", "label_b": " nearest "})
+    nodes = [graph.add("StochasticFP8ImageCompare", **images, **each) for each in labels]
+    kept = [bench.keep(graph, node, as_="image") for node in nodes]
+    entry = comfyui.queue(graph.prompt)
+    assert [entry["outputs"][node.id]["names"] for node in nodes] == [["A", "B"], ["A", "B"], ["original", "nearest"]]
+    plain, same, named = (load_file(comfyui.files(entry, node.id, "tensors")[0])["samples"] for node in kept)
+    assert torch.equal(plain, same)
+    assert not torch.equal(plain, named)
+
+
 def test_a_single_image_is_compared_with_each_of_a_batch(bench, graph):
     node = graph.add("StochasticFP8ImageCompare", image_a=grey(graph, 9), image_b=grey(graph, 8, batch=3), amplify=8)
     sheets = bench.run(graph, bench.keep(graph, node, as_="image"))

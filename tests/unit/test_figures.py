@@ -546,6 +546,15 @@ def test_image_sheet_shows_a_b_and_their_difference():
     assert "PSNR 30.0 dB · SSIM 0.9000 · mean difference 0.83 levels · largest 26 levels" in texts(figure)
 
 
+def test_image_sheet_says_what_the_pictures_are():
+    a = gradient(8, 8)
+    figure = image_sheet(a, a, psnr=1, ssim=1, names=("16 bits", "nearest"), which="pair 2 of 3")
+    assert [axes.get_title(loc="left") for axes in figure.axes][:2] == ["16 bits", "nearest"]
+    assert "16 bits and nearest, pair 2 of 3" in texts(figure)
+    assert "A and B" in texts(image_sheet(a, a, psnr=1, ssim=1))
+    assert_sound(image_sheet(a, a, psnr=1, ssim=1, names=("a long name " * 9, "$another_{long} name " * 9)))
+
+
 def test_image_sheet_of_equal_images_says_so():
     figure = image_sheet(gradient(8, 8), gradient(8, 8), psnr=float("inf"), ssim=1)
     assert "The images are identical." in texts(figure)
