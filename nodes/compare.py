@@ -14,7 +14,7 @@ from ..kernels.reports import comparison
 from ..kernels.reports.rounding_curve import measure_rounding
 from . import in_graph, models
 from .networks import Network, narrow
-from .options import LARGEST_SEED, combo, device_input
+from .options import LARGEST_SEED, calibration_input, combo, device_input
 from .preview import size_inputs
 from .progress import Progress
 from .schema import CATEGORY, fit
@@ -23,6 +23,10 @@ _SCALING_TOOLTIP = "How each layer is stretched over the FP8 range: compare with
 _LAYERS_TOOLTIP = "Which layers to try the roundings on: those that Stochastic FP8 Quantize would take."
 _MOST_TOOLTIP = "Of a model with more layers, this many are tried, evenly spaced. More: truer numbers, and slower."
 _SEED_TOOLTIP = "Another seed gives the stochastic roundings another draw; the picture changes in details only."
+_CALIBRATION_TOOLTIP = (
+    "What FP8 Calibration recorded of this model. With it calibrated rounding is tried too, and the picture shows what "
+    "each rounding does to the layers' outputs."
+)
 _FORMAT_TOOLTIP = "The grid to round to. E5M2's steps are twice as wide as E4M3's, over a wider range."
 _ROUNDING_TOOLTIP = "The rounding to draw. The stochastic ones look alike, since they have one law; nearest does not."
 _DRAWS_TOOLTIP = "How often each value is rounded. More draws: less scatter around the lines of theory."
@@ -54,7 +58,8 @@ class StochasticFP8Compare(io.ComfyNode):
             search_aliases=["fp8 comparison", "which rounding", "e4m3 e5m2"],
             description=(
                 "Tries every rounding in both formats on the same weights of a model and shows error beside bias, with "
-                "a recommendation from the numbers. The model stays as it is."
+                "a recommendation from the numbers; with a calibration, calibrated rounding and the error of the "
+                "layers' outputs too. The model stays as it is."
             ),
             inputs=[
                 fit(io.Model.Input, "model", tooltip="The model to try the roundings on, in 16 bits."),
@@ -64,6 +69,7 @@ class StochasticFP8Compare(io.ComfyNode):
                 seed_input(),
                 device_input(),
                 *size_inputs(1024, 832),
+                calibration_input(_CALIBRATION_TOOLTIP),
             ],
             outputs=[
                 io.Image.Output(id="IMAGE", display_name="image", tooltip="Error and bias of every rounding."),
@@ -77,7 +83,9 @@ class StochasticFP8Compare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, scaling, layers, most_layers, seed=0, device="auto", width=1024, height=832):
+    def execute(
+        cls, model, scaling, layers, most_layers, seed=0, device="auto", width=1024, height=832, calibration=None
+    ):
         network = models.diffusion_network(model)
         network.check_source()
         names = in_graph.select(network, Recipe(layers=layers)).quantize
@@ -89,6 +97,7 @@ class StochasticFP8Compare(io.ComfyNode):
             seed=seed,
             source=type(model.model).__name__,
             total=len(names),
+            calibration=calibration,
             progress=lambda done, name: progress(done, len(chosen), name),
         )
         progress(len(chosen), len(chosen), "")

@@ -63,6 +63,10 @@ _MATMUL_TOOLTIP = (
     "FP8: faster, with visible losses."
 )
 _NONFINITE_TOOLTIP = "Weights that are NaN or infinite (a damaged model): stop and name them, or leave those layers be."
+_CALIBRATION_TOOLTIP = (
+    "What FP8 Calibration recorded of this model: for rounding calibrated, which then loses about a third of what "
+    "nearest loses, and for the range of activations where matmul is fp8."
+)
 _DEVICE_TOOLTIP = "Where the rounding is computed. The result is the same everywhere, only the time differs."
 _LAYOUT_TOOLTIP = (
     "How the file says that its weights are scaled. native loads in ComfyUI 0.3.75 and newer; legacy is for versions "
@@ -130,16 +134,8 @@ def device_input() -> io.Combo.Input:
     )
 
 
-def calibration_input() -> io.Custom.Input:
-    return fit(
-        FP8Calibration.Input,
-        "calibration",
-        optional=True,
-        tooltip=(
-            "What FP8 Calibration recorded of this model: for rounding calibrated, which then loses about a third of "
-            "what nearest loses, and for the range of activations where matmul is fp8."
-        ),
-    )
+def calibration_input(tooltip: str = _CALIBRATION_TOOLTIP) -> io.Custom.Input:
+    return fit(FP8Calibration.Input, "calibration", optional=True, tooltip=tooltip)
 
 
 def layout_input() -> io.Combo.Input:

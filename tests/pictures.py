@@ -13,10 +13,11 @@ from comfyui.graph import Graph
 from comfyui.server import PACK_ROOT, ComfyUIServer
 from PIL import Image
 from safetensors.torch import load_file
-from thumbnails import calibrated_sheets, make_thumbnails
+from thumbnails import calibrate, make_thumbnails, sheets_of_two_roundings
 
 HELP = PACK_ROOT / "js" / "docs" / "pictures"
 RECIPE = {"format": "float8_e4m3fn", "rounding": "stochastic", "scaling": "absmax", "seed": 0, "layers": "all_linear"}
+COMPARED = {"scaling": "absmax", "layers": "all_linear", "most_layers": 34}
 
 
 class Pictures:
@@ -70,18 +71,23 @@ def help_pages(pictures):
         curve = {"format": "float8_e4m3fn", "rounding": name, "low": 0.5, "high": 2.5, "draws": 1000}
         pictures.want(HELP / f"rounding_curve_{name}.png", graph.add("StochasticFP8RoundingCurve", **curve))
     pictures.want(HELP / "layer_report.png", graph.add("StochasticFP8LayerReport", report=report))
-    choices = {"scaling": "absmax", "layers": "all_linear", "most_layers": 34}
-    pictures.want(HELP / "compare_roundings.png", graph.add("StochasticFP8Compare", model=model, **choices))
+    pictures.want(HELP / "compare_roundings.png", graph.add("StochasticFP8Compare", model=model, **COMPARED))
     sheet = graph.add("StochasticFP8ImageCompare", image_a=before, image_b=after, amplify=8, width=1024)
     pictures.want(HELP / "compare_images.jpg", sheet)
 
 
 def calibration_pages():
-    """The same picture from two FP8 models of one size, each beside the original."""
+    """The same picture from two FP8 models of one size, each beside the original, and what calibrating does."""
     pictures = Pictures()
-    pictures.graph, *sheets = calibrated_sheets()
-    for name, sheet in zip(("nearest", "calibrated"), sheets, strict=True):
-        pictures.want(HELP / f"original_and_{name}.jpg", sheet)
+    graph = pictures.graph
+    model = graph.add("StochasticFP8DemoModel", scene="dusk")
+    calibration = calibrate(graph, model)
+    nearest, calibrated, report = sheets_of_two_roundings(graph, model, calibration)
+    pictures.want(HELP / "original_and_nearest.jpg", nearest)
+    pictures.want(HELP / "original_and_calibrated.jpg", calibrated)
+    pictures.want(HELP / "layer_report_calibrated.png", graph.add("StochasticFP8LayerReport", report=report))
+    compared = graph.add("StochasticFP8Compare", model=model, calibration=calibration, height=1024, **COMPARED)
+    pictures.want(HELP / "compare_calibrated.png", compared)
     return pictures
 
 

@@ -32,7 +32,7 @@ def make_thumbnails(server):
     save(fit(report, SIZE), "Text encoder")
     (findings,) = render(server, *_findings(server))
     save(fit(findings, SIZE), "Inspect and repair")
-    nearest, calibrated = render(server, *calibrated_sheets())
+    nearest, calibrated = render(server, *_sheets())
     save(below(fit(nearest, (SIZE[0], 216)), fit(calibrated, (SIZE[0], 216))), "Calibrate, quantize, compare")
 
 
@@ -60,12 +60,10 @@ def _paint(graph, demo, model, seed=42):
     return graph.add("VAEDecode", samples=sampled, vae=demo[3])
 
 
-def calibrated_sheets():
-    """A graph that compares a picture with those of two FP8 models, nearest and calibrated: (graph, sheet, sheet)."""
-    graph = Graph()
-    demo = graph.add("StochasticFP8DemoModel", scene="dusk")
+def calibrate(graph, demo):
+    """A calibration on twelve pictures."""
     latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=4)
-    calibration = graph.add(
+    return graph.add(
         "StochasticFP8Calibrate",
         model=demo,
         positive=demo[1],
@@ -79,14 +77,25 @@ def calibrated_sheets():
         denoise=1.0,
         runs=3,
     )
+
+
+def sheets_of_two_roundings(graph, demo, calibration):
+    """A picture beside those of two FP8 models: (sheet of nearest, sheet of calibrated, the latter's report)."""
     original = _paint(graph, demo, demo)
     sheets = []
-    for choices in ({"rounding": "nearest"}, {"rounding": "calibrated", "calibration": calibration}):
-        quantized = graph.add("StochasticFP8Quantize", model=demo, **{**RECIPE, **choices}, layers="all_linear")
-        image = _paint(graph, demo, quantized)
-        sheet = {"image_a": original, "image_b": image, "amplify": 8, "width": 1024}
-        sheets.append(graph.add("StochasticFP8ImageCompare", **sheet))
-    return graph, *sheets
+    for rounding in ("nearest", "calibrated"):
+        choices = {**RECIPE, "rounding": rounding, "layers": "all_linear", "calibration": calibration}
+        quantized = graph.add("StochasticFP8Quantize", model=demo, **choices)
+        sheet = {"image_a": original, "image_b": _paint(graph, demo, quantized), "amplify": 8, "width": 1024}
+        sheets.append(graph.add("StochasticFP8ImageCompare", **sheet, label_a="original", label_b=rounding))
+    return *sheets, quantized[1]
+
+
+def _sheets():
+    graph = Graph()
+    demo = graph.add("StochasticFP8DemoModel", scene="dusk")
+    nearest, calibrated, _ = sheets_of_two_roundings(graph, demo, calibrate(graph, demo))
+    return graph, nearest, calibrated
 
 
 def _layer_report(rounding):

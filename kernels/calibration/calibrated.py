@@ -75,8 +75,8 @@ def quantize_weight(
     choices |= {"key": key, "statistics": statistics, "device": device}
     if recipe.rounding != CALIBRATED.name:
         return quantize_tensor(x, rounding=recipe.rounding, seed=recipe.seed, **choices)
-    layer = calibration.layers.get(key)
-    if layer is None or x.ndim != 2 or x.shape[1] != layer.width:
+    layer = calibration.layer_of(key, x)
+    if layer is None:
         return quantize_tensor(x, rounding="nearest", **choices)
     return calibrate_tensor(x, layer, **choices)
 

@@ -87,6 +87,11 @@ class Calibration:
     source: str = ""
     """The model's or the file's name, for people."""
 
+    def layer_of(self, key: str, weight: torch.Tensor) -> LayerCalibration | None:
+        """What a weight (out, in) was seen to be multiplied with; None if that was never seen, or has another width."""
+        layer = self.layers.get(key)
+        return layer if layer and weight.ndim == 2 and weight.shape[1] == layer.width else None
+
     def __add__(self, other: Calibration) -> Calibration:
         """Both runs together. Raises CalibrationError where a layer's widths differ."""
         layers = dict(self.layers)

@@ -119,6 +119,11 @@ def _inspect_parser() -> argparse.ArgumentParser:
 def _compare_parser() -> argparse.ArgumentParser:
     parser = _parser("compare FILE [option ...]", "Try every rounding in both formats on the same layers.")
     parser.add_argument("source", metavar="FILE")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="what Save FP8 Calibration wrote: adds calibrated rounding, and the error of the layers' outputs",
+    )
     _add_layer_arguments(parser)
     _add_output_arguments(parser)
     return parser

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.data import load_calibration
 from ..checkpoint.inspection import inspect_file
 from ..checkpoint.job import plan_file, quantize_file, read_weights
 from ..checkpoint.repair import repair_file
@@ -83,6 +84,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     choices = arguments.layer_choices(options)
+    calibration = load_calibration(options.calibration) if options.calibration else None
     total = len(plan_file(options.source, requantize=True, **choices).layers)
     with _progress(options, unit=" layers") as progress:
         comparison = compare_roundings(
@@ -90,6 +92,7 @@ def compare(options: argparse.Namespace) -> int:
             scaling=options.scaling,
             seed=options.seed,
             source=Path(options.source).name,
+            calibration=calibration,
             progress=lambda done, key: progress(done, total, key),
         )
     _say(options, lambda: tables.comparison_table(comparison), tables.comparison_data(comparison))

@@ -6,9 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from statistics import median
 
 from ..error import ErrorStatistics, merge
-from ..reports.comparison import Comparison, Trial, describe_sample, recommend, recommend_for_sums
+from ..reports.comparison import (
+    OUTPUT_COLUMN,
+    Comparison,
+    Trial,
+    describe_sample,
+    describe_unseen,
+    recommendations,
+    typical_output_error,
+)
 from ..reports.report import Report
 from ..reports.report_table import describe_bytes, describe_output_error, number_of
 
@@ -45,7 +54,8 @@ def plan(report: Report, target: str) -> str:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """A row a format and rounding, over the values of all layers."""
+    """A row a format and rounding, over the values of all layers; of errors of outputs the median."""
+    calibrated = comparison.calibration is not None
     heads = ("format", "rounding", "RMSE", "bias", "bias by chance", "quality", "flushed")
     rows = [
         (
@@ -56,22 +66,23 @@ def comparison_table(comparison: Comparison) -> str:
             f"±{_chance(error):.2e}",
             _quality(error),
             _share(error.flushed, error.count),
+            *([typical_output_error(trial)] if calibrated else []),
         )
         for trial, error in _merged(comparison)
     ]
     return "\n".join(
         (
             f"{comparison.source}: {describe_sample(comparison)}, scaling {comparison.scaling}, seed {comparison.seed}",
-            *_table([heads, *rows]),
+            *_table([(*heads, OUTPUT_COLUMN) if calibrated else heads, *rows]),
             "",
-            recommend(comparison),
-            recommend_for_sums(comparison),
+            *recommendations(comparison),
+            *filter(None, [describe_unseen(comparison)]),
         )
     )
 
 
 def comparison_data(comparison: Comparison) -> dict:
-    """The table as JSON-able data; SQNR is None where nothing was lost."""
+    """The table as JSON-able data; SQNR is None where nothing was lost, the output's error where it is not known."""
     rows = [
         {
             "format": trial.format,
@@ -84,11 +95,12 @@ def comparison_data(comparison: Comparison) -> dict:
             "saturated": error.saturated,
             "flushed": error.flushed,
             "count": error.count,
+            "output_error": median(trial.output_errors) if trial.output_errors else None,
         }
         for trial, error in _merged(comparison)
     ]
-    choices = {name: getattr(comparison, name) for name in ("source", "scaling", "seed", "keys", "total")}
-    return {**choices, "trials": rows}
+    choices = ("source", "scaling", "seed", "keys", "total", "calibration", "unseen")
+    return {**{name: getattr(comparison, name) for name in choices}, "trials": rows}
 
 
 def report_data(report: Report) -> dict:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..formats import FORMATS
-from ..reports.comparison import Comparison, Trial, describe_sample, recommend, recommend_for_sums
-from ..rounding import ROUNDINGS
+from ..reports.comparison import Comparison, Trial, describe_sample, describe_unseen, recommendations
 from .style import (
     BLUE,
     FAINT,
@@ -22,6 +21,7 @@ from .style import (
     house_style,
     new_figure,
     write_caption,
+    write_inside,
     write_titles,
 )
 
@@ -37,19 +37,26 @@ CHANCE = 2
 
 @house_style()
 def comparison_figure(comparison: Comparison, *, width: int = 1024, height: int = 832) -> Figure:
-    """Three panels over the roundings: error, mean error against chance, and the error that draws have in common."""
-    figure = new_figure(width, height, lowest=0.7)
-    area = grid_area(figure, left=0.85, right=0.35, top=1.15, bottom=1.35)
-    rmse, bias, repeating = figure.add_gridspec(3, 1, hspace=0.42, **area).subplots(sharex=True)
-    draw_boxes(rmse, comparison.trials, lambda trial: 100 * np.array(trial.relative_rmse))
+    """Three panels over the roundings: error, mean error against chance, and the error that draws have in common.
+
+    With a calibration a fourth above them: the error of the layers' outputs.
+    """
+    calibrated = comparison.calibration is not None
+    figure = new_figure(width, height, lowest=0.8 if calibrated else 0.7)
+    area = grid_area(figure, left=0.85, right=0.35, top=1.15, bottom=2.0 if calibrated else 1.35)
+    panels = figure.add_gridspec(3 + calibrated, 1, hspace=0.5 if calibrated else 0.42, **area).subplots(sharex=True)
+    rmse, bias, repeating = panels[-3:]
+    if calibrated:
+        draw_output_errors(panels[0], comparison)
+    draw_boxes(rmse, comparison, lambda trial: 100 * np.array(trial.relative_rmse))
     rmse.set(ylabel="RMSE (% of RMS)")
     rmse.set_title("Error of a weight, against a typical weight")
-    draw_boxes(bias, comparison.trials, lambda trial: np.array(trial.bias_over_chance))
+    draw_boxes(bias, comparison, lambda trial: np.array(trial.bias_over_chance))
     draw_chance(bias)
-    draw_boxes(repeating, comparison.trials, lambda trial: 100 * np.array(trial.repeating))
-    repeating.set(ylabel="RMSE (% of RMS)", xlim=(-0.5, len(ROUNDINGS) - 0.5))
+    draw_boxes(repeating, comparison, lambda trial: 100 * np.array(trial.repeating))
+    repeating.set(ylabel="RMSE (% of RMS)", xlim=(-0.5, len(comparison.roundings) - 0.5))
     repeating.set_title("Error that every draw repeats: what no averaging removes")
-    repeating.set_xticks(range(len(ROUNDINGS)), list(ROUNDINGS), size=9.5)
+    repeating.set_xticks(range(len(comparison.roundings)), comparison.roundings, size=9.5)
     for axes in (rmse, repeating):
         axes.set_ylim(0, 1.3 * axes.dataLim.y1 or 1)
     _write_legend(figure)
@@ -59,15 +66,27 @@ def comparison_figure(comparison: Comparison, *, width: int = 1024, height: int 
         f"{describe_sample(comparison)} · scaling {comparison.scaling} · seed {comparison.seed} · "
         "a box spans half of the layers, its whiskers all of them; numbers are medians",
     )
-    write_caption(figure, recommend(comparison), recommend_for_sums(comparison))
+    write_caption(figure, *recommendations(comparison), describe_unseen(comparison))
     return figure
 
 
-def draw_boxes(axes: Axes, trials: Sequence[Trial], values: Callable[[Trial], np.ndarray]) -> None:
+def draw_output_errors(axes: Axes, comparison: Comparison) -> None:
+    """Boxes over the layers that the calibration saw."""
+    axes.set(ylabel="RMSE (% of RMS)")
+    axes.set_title("Error of a layer's output, on what the calibration saw")
+    if len(comparison.unseen) == len(comparison.keys):
+        write_inside(axes, "the calibration knows none of these layers")
+        axes.set_yticks(())
+        return
+    draw_boxes(axes, comparison, lambda trial: 100 * np.array(trial.output_errors))
+    axes.set_ylim(0, 1.3 * axes.dataLim.y1 or 1)
+
+
+def draw_boxes(axes: Axes, comparison: Comparison, values: Callable[[Trial], np.ndarray]) -> None:
     """A box a trial, at its rounding, in its format's colour, with its median written above."""
-    roundings, formats = list(ROUNDINGS), list(FORMATS)
-    for trial in trials:
-        place = roundings.index(trial.rounding) + FORMAT_GAP * (formats.index(trial.format) - 0.5)
+    formats = list(FORMATS)
+    for trial in comparison.trials:
+        place = comparison.roundings.index(trial.rounding) + FORMAT_GAP * (formats.index(trial.format) - 0.5)
         colour = FORMAT_COLOURS[trial.format]
         data = values(trial)
         axes.boxplot(
@@ -85,7 +104,7 @@ def draw_boxes(axes: Axes, trials: Sequence[Trial], values: Callable[[Trial], np
         label = f"{round(median(data), 2) + 0.0:g}".replace("-", "−")
         axes.annotate(label, (place, data.max()), (0, 3), textcoords="offset points", ha="center", size=8.5)
     axes.grid(axis="x", visible=False)
-    for boundary in range(1, len(roundings)):
+    for boundary in range(1, len(comparison.roundings)):
         axes.axvline(boundary - 0.5, color=RULE, linewidth=0.8)
     axes.tick_params(axis="x", length=0)
 

@@ -160,6 +160,34 @@ def report_notes(bench, graph, quantized):
     return json.loads(json.loads(bench.texts(graph, shown)[0]))["notes"]
 
 
+def compared(bench, graph, model, calibration, **choices):
+    """What Compare FP8 Roundings says of a model's layers with a calibration, and the size of its picture."""
+    inputs = {"scaling": "absmax", "layers": "all_linear", "most_layers": 6, **choices}
+    node = graph.add("StochasticFP8Compare", model=model, calibration=calibration, **inputs)
+    shown = graph.add("TestShowText", value=node[1])
+    outputs = bench.server.queue(graph.prompt)["outputs"]
+    return json.loads(outputs[shown.id]["text"][0]), bench.server.view(outputs[node.id]["images"][0]).size
+
+
+def test_compare_shows_what_calibrating_would_gain(bench, calibration_file):
+    graph = Graph()
+    text, size = compared(bench, graph, bench.load(graph, "sd3"), loaded(graph, calibration_file), height=1024)
+    assert text.startswith("Choose calibrated in float8_e4m3fn for images closest to the original: ")
+    assert "6 of 34 layers, evenly spaced, scaling absmax, calibration SD3, 1 run of 4 steps + SD3" in text
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| float8")]
+    errors = {(row[1], row[2]): float(row[-2].removesuffix(" %")) for row in cells}
+    assert len(errors) == 12
+    for format in ("float8_e4m3fn", "float8_e5m2"):
+        assert errors[format, "calibrated"] < 0.6 * errors[format, "nearest"] < errors[format, "stochastic"]
+    assert size == (1024, 1024)
+
+
+def test_compare_tells_of_another_models_calibration(bench, calibration_file):
+    graph = Graph()
+    text, _ = compared(bench, graph, bench.load(graph, "wan"), loaded(graph, calibration_file), most_layers=2)
+    assert text.startswith("The calibration knows none of these layers")
+
+
 def test_without_a_calibration_the_error_says_what_to_connect(bench):
     graph = Graph()
     bench.keep(graph, landscape(graph)[1])

@@ -623,7 +623,9 @@ def test_compare_takes_fp8_files_too(run, quantized):
     assert "lossless" in next(line for line in text.splitlines() if line.split()[:2] == ["float8_e4m3fn", "nearest"])
 
 
-def test_calibrated_takes_a_calibration_file(run, source, target, tmp_path):
+@pytest.fixture
+def calibration(source, tmp_path):
+    """A file that knows one layer of the source."""
     observer = Observer()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 16, generator=generator) @ torch.randn(
@@ -631,7 +633,38 @@ def test_calibrated_takes_a_calibration_file(run, source, target, tmp_path):
     )
     observer.observe(QKV, x)
     save_calibration(observer.result("prompts"), tmp_path / "calibration.safetensors")
-    code, out, _ = run(source, target, "--calibrated", "--calibration", tmp_path / "calibration.safetensors")
+    return tmp_path / "calibration.safetensors"
+
+
+def test_compare_with_a_calibration_tells_of_outputs(run, source, calibration):
+    code, text, _ = run("compare", source, "--calibration", calibration)
+    assert code == 0
+    rows = [line for line in text.splitlines() if line.startswith("  float8")]
+    assert len(rows) == 12
+    assert "flushed" in text and "output error" in text
+    assert "7 of these 8 layers the calibration does not know" in text
+    _, text, _ = run("compare", source, "--calibration", calibration, "--json")
+    data = json.loads(text, parse_constant=pytest.fail)
+    errors = {(row["format"], row["rounding"]): row["output_error"] for row in data["trials"]}
+    assert errors["float8_e4m3fn", "calibrated"] < 0.6 * errors["float8_e4m3fn", "nearest"]
+    assert (data["calibration"], len(data["unseen"])) == ("prompts", 7)
+    for row, line in zip(data["trials"], rows, strict=True):
+        assert line.endswith(f"{100 * row['output_error']:.3g} %")
+
+
+def test_compare_without_a_calibration_tells_of_none(run, source):
+    _, text, _ = run("compare", source, "--json")
+    data = json.loads(text)
+    assert (data["calibration"], data["unseen"], {row["output_error"] for row in data["trials"]}) == (None, [], {None})
+
+
+def test_compare_refuses_a_file_that_is_no_calibration(run, source):
+    code, _, errors = run("compare", source, "--calibration", source)
+    assert (code, "holds no FP8 calibration" in errors) == (1, True)
+
+
+def test_calibrated_takes_a_calibration_file(run, source, target, calibration):
+    code, out, _ = run(source, target, "--calibrated", "--calibration", calibration)
     assert code == 0
     assert "calibrated, absmax" in out
     assert "of the output, nearest" in out

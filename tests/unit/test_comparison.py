@@ -4,13 +4,19 @@ from dataclasses import replace
 import pytest
 import torch
 from reports import heavy_tailed
-from stochastic_fp8_pack.kernels import ErrorStatistics
+from stochastic_fp8_pack.kernels import ErrorStatistics, dequantize_tensor, quantize_tensor
+from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor
+from stochastic_fp8_pack.kernels.calibration.data import Observer
+from stochastic_fp8_pack.kernels.reports import comparison as module
 from stochastic_fp8_pack.kernels.reports.comparison import (
     compare_roundings,
     describe_sample,
+    describe_unseen,
     recommend,
+    recommend_for_outputs,
     recommend_for_sums,
     thin,
+    thin_rows,
     to_markdown,
 )
 
@@ -121,3 +127,168 @@ def test_progress_and_sample():
 
 def test_the_largest_seed_is_no_error():
     compare_roundings([("a.weight", heavy_tailed(0, 8, 8))], seed=2**64 - 1)
+
+
+# --- with a calibration
+
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+KEYS = ("a.weight", "b.weight", "c.weight")
+WEIGHTS = {key: heavy_tailed(i, 96, 64) for i, key in enumerate(KEYS)}
+
+
+def inputs(seed, width=64, rows=4000):
+    """Inputs that share a few directions, as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width // 4, width, generator=generator)
+    shared = torch.randn(rows, width // 4, generator=generator) @ mixing
+    return shared + 0.5 * torch.randn(rows, width, generator=generator)
+
+
+INPUTS = {key: inputs(seed) for seed, key in enumerate(KEYS)}
+
+
+def calibration(**widths):
+    """Of the layers a and b; of c nothing is known."""
+    observer = Observer()
+    for key in KEYS[:2]:
+        observer.observe(key, INPUTS[key][:, : widths.get(key[0], 64)])
+    return observer.result("prompts")
+
+
+def compare(weights=WEIGHTS, known=None, **choices):
+    return compare_roundings(weights.items(), calibration=known or calibration(), source="made_up", **choices)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    return compare()
+
+
+def error_of_the_output(key, quantized):
+    """By running the layer on what the calibration saw."""
+    weight, rounded = WEIGHTS[key].double(), dequantize_tensor(quantized.codes, quantized.scale).double()
+    x = INPUTS[key].double()
+    return float((x @ (rounded - weight).T).norm() / (x @ weight.T).norm())
+
+
+def test_calibrated_is_one_of_the_roundings(calibrated):
+    assert calibrated.roundings == (*STOCHASTIC, "nearest", "calibrated")
+    assert len(calibrated.trials) == 12
+    assert compare_roundings(WEIGHTS.items()).roundings == (*STOCHASTIC, "nearest")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rounding", [*STOCHASTIC, "nearest"])
+def test_errors_of_outputs_are_those_of_the_layer_at_work(calibrated, format, rounding):
+    choices = {"format": format, "rounding": rounding}
+    expected = [error_of_the_output(key, quantize_tensor(WEIGHTS[key], key=key, **choices)) for key in KEYS[:2]]
+    assert trials(calibrated)[format, rounding].output_errors == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_errors_of_calibrated_outputs_too(calibrated, format):
+    layers = calibration().layers
+    quantized = [calibrate_tensor(WEIGHTS[key], layers[key], format=format) for key in KEYS[:2]]
+    expected = [error_of_the_output(key, each) for key, each in zip(KEYS, quantized, strict=False)]
+    trial = trials(calibrated)[format, "calibrated"]
+    assert trial.output_errors == pytest.approx(expected, rel=1e-3)
+    for mine, nearest in zip(trial.output_errors, trials(calibrated)[format, "nearest"].output_errors, strict=True):
+        assert mine < 0.6 * nearest
+
+
+def test_layers_the_calibration_never_saw_are_left_out_of_the_outputs_and_counted(calibrated):
+    assert calibrated.unseen == ("c.weight",)
+    assert {len(trial.output_errors) for trial in calibrated.trials} == {2}
+    assert describe_unseen(calibrated).startswith("1 of these 3 layers the calibration does not know: ")
+    nearest, mine = (trials(calibrated)["float8_e4m3fn", rounding] for rounding in ("nearest", "calibrated"))
+    assert mine.errors[2] == nearest.errors[2]
+    assert mine.errors[0] != nearest.errors[0]
+
+
+def test_a_layer_of_another_width_is_one_it_never_saw():
+    assert compare(known=calibration(a=32)).unseen == ("a.weight", "c.weight")
+
+
+def test_a_calibration_changes_no_other_rounding(calibrated):
+    plain = trials(compare_roundings(WEIGHTS.items()))
+    for choice, trial in plain.items():
+        mine = trials(calibrated)[choice]
+        assert (mine.errors, mine.repeating) == (trial.errors, trial.repeating)
+        assert trial.output_errors == ()
+
+
+def test_thin_rows_keeps_whole_rows_and_the_largest_value():
+    weight = torch.arange(3000.0).reshape(3000, 1).expand(3000, 1024).clone()
+    weight[1234, 5] = -1e5
+    rows = thin_rows(weight)
+    assert len(rows) == 1025
+    assert rows.abs().max() == 1e5
+    kept = rows[:, 0].tolist()
+    assert kept == sorted(kept) and 1234 in kept
+    steps = {after - before for before, after in zip(kept, kept[1:], strict=False)}
+    assert max(steps) == 3, "evenly spaced"
+    assert len(thin_rows(weight[:1024])) == 1024
+    assert len(thin_rows(torch.ones(3, 1 << 21))) == 1
+
+
+def test_a_large_layer_is_compared_by_some_of_its_outputs(calibrated, monkeypatch):
+    monkeypatch.setattr(module, "LARGEST_SAMPLE", 48 * 64)
+    some = compare()
+    assert trials(some)["float8_e4m3fn", "nearest"].errors[0].count in (48 * 64, 49 * 64)
+    assert trials(some)["float8_e4m3fn", "nearest"].errors[2].count in (48 * 64, 48 * 64 + 1)
+    for choice, trial in trials(some).items():
+        assert trial.output_errors == pytest.approx(trials(calibrated)[choice].output_errors, rel=0.2)
+
+
+def with_errors(comparison, outputs, weights):
+    """The comparison with errors by rounding, for one layer; E5M2's are twice as large."""
+
+    def fixed(trial):
+        times = 2 if trial.format == "float8_e5m2" else 1
+        share = times * weights.get(trial.rounding, 0.03)
+        error = ErrorStatistics(count=100, sum_squared_error=share**2, sum_squared=1.0)
+        output_errors = (times * outputs.get(trial.rounding, 0.02),)
+        return replace(trial, errors=(error,), repeating=(0.01,), output_errors=output_errors)
+
+    return replace(comparison, trials=tuple(map(fixed, comparison.trials)))
+
+
+def test_the_recommendation_says_why_weights_may_be_further_away(calibrated):
+    made_up = with_errors(calibrated, {"nearest": 0.014, "calibrated": 0.004}, {"nearest": 0.02, "calibrated": 0.025})
+    assert recommend_for_outputs(made_up) == (
+        "Choose calibrated in float8_e4m3fn for images closest to the original: the error of a layer's output is "
+        "0.4 %, against 1.4 % with nearest. That its weights are further from the original (2.5 %, against 2 %) is how "
+        "it works: their errors cancel out in the output."
+    )
+    assert recommend(made_up).startswith("Without a calibration, choose nearest in float8_e4m3fn for weights closest")
+    assert recommend_for_outputs(
+        with_errors(calibrated, {"nearest": 0.014, "calibrated": 0.004}, {"nearest": 0.02, "calibrated": 0.02})
+    ).endswith("0.4 %, against 1.4 % with nearest.")
+
+
+def test_the_recommendation_admits_when_calibrating_gains_nothing(calibrated):
+    made_up = with_errors(calibrated, {"nearest": 0.014, "calibrated": 0.014}, {})
+    assert recommend_for_outputs(made_up) == (
+        "Calibrated rounding gains nothing here: the error of a layer's output is 1.4 %, and 1.4 % with nearest."
+    )
+
+
+def test_the_calibration_of_another_model_is_told_of(calibrated):
+    other = compare({"z.weight": heavy_tailed(9, 96, 64)})
+    assert other.unseen == ("z.weight",)
+    assert recommend_for_outputs(other).startswith("The calibration knows none of these layers")
+    assert describe_unseen(other) == ""
+    assert "| float8_e4m3fn | calibrated | " in to_markdown(other)
+    assert recommend_for_outputs(compare_roundings(WEIGHTS.items())) == ""
+
+
+def test_the_table_gains_a_column(calibrated):
+    text = to_markdown(calibrated)
+    assert "made_up: 3 layers, scaling absmax, calibration prompts; medians over layers" in text
+    head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert head.endswith("| SQNR (dB) | output error |")
+    assert {line.count("|") for line in (head, rule, *rows)} == {8}
+    first, second = trials(calibrated)["float8_e5m2", "calibrated"].output_errors
+    (row,) = (row for row in rows if row.startswith("| float8_e5m2 | calibrated |"))
+    assert row.endswith(f"| {50 * (first + second):.3g} % |")
+    assert "output error" not in to_markdown(compare_roundings(WEIGHTS.items()))

@@ -20,6 +20,7 @@ from matplotlib.text import Text
 from PIL import Image
 from reports import heavy_tailed, repeated, report_on, small_report
 from stochastic_fp8_pack.kernels import ROUNDINGS, ErrorStatistics
+from stochastic_fp8_pack.kernels.calibration.data import Observer
 from stochastic_fp8_pack.kernels.figures import (
     comparison_figure,
     error_histogram,
@@ -481,6 +482,58 @@ def test_comparison_says_which_layers(comparison):
 
 def test_comparison_looks_as_before(comparison):
     assert_like_golden(comparison_figure(comparison), "comparison")
+
+
+@pytest.fixture(scope="module")
+def calibrated_comparison():
+    """Four layers, of which the calibration saw three."""
+    observer = Observer()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(3):
+        shared = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
+        observer.observe(f"blocks.{i}.mlp.fc1.weight", shared + 0.5 * torch.randn(4000, 32, generator=generator))
+    return compare_roundings(
+        ((f"blocks.{i}.mlp.fc1.weight", heavy_tailed(i, 64, 32)) for i in range(4)),
+        source="made_up.safetensors",
+        calibration=observer.result("prompts"),
+    )
+
+
+OUTPUT_PANEL = "Error of a layer's output, on what the calibration saw"
+
+
+def test_a_calibration_adds_a_panel_and_a_rounding(calibrated_comparison):
+    figure = comparison_figure(calibrated_comparison)
+    assert len(figure.axes) == 4
+    axes = axes_of(figure, OUTPUT_PANEL)
+    boxes = [patch for patch in axes.patches if patch.get_facecolor()[3] < 1]
+    assert len(boxes) == 12
+    for box, trial in zip(boxes, calibrated_comparison.trials, strict=True):
+        assert len(trial.output_errors) == 3
+        heights = box.get_path().vertices[:, 1]
+        quartiles = np.percentile(100 * np.array(trial.output_errors), (25, 75))
+        assert (heights.min(), heights.max()) == pytest.approx(tuple(quartiles))
+    assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == [*ROUNDINGS, "calibrated"]
+    assert "1 of these 4 layers the calibration does not know" in texts(figure)
+
+
+@pytest.mark.parametrize("size", [(1024, 820), (1024, 832), (1024, 1024), (768, 768), (1600, 1400)])
+def test_a_comparison_with_a_calibration_is_sound(calibrated_comparison, size):
+    assert_sound(comparison_figure(calibrated_comparison, width=size[0], height=size[1]))
+
+
+def test_a_calibration_of_another_model_leaves_the_panel_empty_and_says_so(calibrated_comparison):
+    observer = Observer()
+    observer.observe("another.weight", torch.ones(9, 32))
+    weights = [("blocks.0.mlp.fc1.weight", heavy_tailed(0, 64, 32))]
+    figure = comparison_figure(compare_roundings(weights, source="x", calibration=observer.result()))
+    assert_sound(figure)
+    assert not axes_of(figure, OUTPUT_PANEL).patches
+    assert "the calibration knows none of these layers" in texts(figure)
+
+
+def test_a_comparison_with_a_calibration_looks_as_before(calibrated_comparison):
+    assert_like_golden(comparison_figure(calibrated_comparison, height=1024), "comparison_calibrated")
 
 
 # --- Rounding Curve
