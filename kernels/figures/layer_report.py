@@ -15,9 +15,11 @@ from ..reports.report_table import KEPT, describe_bytes, describe_output_error, 
 from .histogram import describe_recipe
 from .style import (
     BLUE,
+    DARK_BLUE,
     FAINT,
     GREEN,
     INK,
+    LIGHT_BLUE,
     MARGIN,
     ORANGE,
     PANEL,
@@ -41,10 +43,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KIND_COLOURS = {"attention": BLUE, "MLP": ORANGE, "modulation": GREEN, "other": PURPLE, KEPT: "#b5bcc4"}
+ROOMY = 0.7
 WORST = 5
 LEAST_RANGE = 3
 """dB that the SQNR axis spans at least: layers that differ by less look alike, as they are."""
 STRIP_COLUMNS = 512
+LEAST_FACTOR = 10
+"""The same for the axis of output errors, as a factor."""
+LOG_STEPS = {30: (1, 2, 5), 600: (1, 3), math.inf: (1,)}
+"""Where that axis has ticks in each decade, by the factor that it spans less than."""
 LEAST_SHARE = 1e-6
 STRIP_COLOURS = ("#fbdcc8", "#d55e00", "#4a1d00")
 
@@ -53,6 +60,7 @@ STRIP_COLOURS = ("#fbdcc8", "#d55e00", "#4a1d00")
 def layer_report(report: Report, *, width: int = 1024, height: int = 768) -> Figure:
     """SQNR of each layer along the network, shares of saturated and flushed values, and sizes before and after.
 
+    Where layers were calibrated, the predicted errors of their outputs too, if the height is ROOMY times the width.
     Raises ValueError if no layer has statistics.
     """
     layers = in_order_of_depth(layer for layer in report.layers if layer.error is not None and layer.error.count)
@@ -61,8 +69,11 @@ def layer_report(report: Report, *, width: int = 1024, height: int = 768) -> Fig
     worst = [layer for layer in report.worst(WORST) if math.isfinite(layer.error.sqnr)]
     figure = new_figure(width, height, lowest=0.6)
     area = grid_area(figure, left=0.95, right=3.35, top=1.1, bottom=2.75)
-    quality, strip = figure.add_gridspec(2, 1, height_ratios=(5, 1), hspace=0.1, **area).subplots(sharex=True)
+    calibrated = any(layer.output_error for layer in layers)
+    quality, *outputs, strip = _panels_along_depth(figure, area, calibrated and height >= ROOMY * width)
     draw_quality(quality, layers, worst)
+    for axes in outputs:
+        draw_output_errors(axes, layers)
     draw_losses(strip, layers)
     sizes = figure.add_gridspec(1, 1, **_sizes_area(figure)).subplots()
     draw_sizes(sizes, report)
@@ -70,6 +81,16 @@ def layer_report(report: Report, *, width: int = 1024, height: int = 768) -> Fig
     write_titles(figure, report.source, describe_recipe(report.recipe))
     write_caption(figure, *filter(None, (summary(report, layers), output_summary(report), size_summary(report))))
     return figure
+
+
+def _panels_along_depth(figure: Figure, area: dict[str, float], with_outputs: bool) -> Sequence[Axes]:
+    if not with_outputs:
+        return figure.add_gridspec(2, 1, height_ratios=(5, 1), hspace=0.1, **area).subplots(sharex=True)
+    gap = 0.45 / (figure.get_figheight() * (area["top"] - area["bottom"]))
+    heights = (0.48 - gap / 2, gap, 0.36 - gap / 2, 0.04, 0.12)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0, **area)
+    first = figure.add_subplot(grid[0])
+    return first, *(figure.add_subplot(grid[row], sharex=first) for row in (2, 4))
 
 
 def in_order_of_depth(layers) -> list[LayerReport]:
@@ -144,6 +165,49 @@ def list_worst(figure: Figure, beside: Axes, worst: Sequence[LayerReport]) -> No
         figure.text(left + 0.02, y, f"{decibels(layer.error.sqnr)}, {layer_kind(layer.key)}", size=9, va="top")
         name = shorten_middle(layer.key.removesuffix(".weight"), 38)
         figure.text(left + 0.02, y - 0.17 * line, name, size=8, color=FAINT, va="top")
+
+
+def draw_output_errors(axes: Axes, layers: Sequence[LayerReport]) -> None:
+    """Two dots a calibrated layer on a log axis, tied: what nearest would do to its output, and what was done.
+
+    Errors of 0 lie on the lower edge, as triangles.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    calibrated = [(place, layer.output_error) for place, layer in enumerate(layers, 1) if layer.output_error]
+    places = np.array([place for place, _ in calibrated])
+    drawn = {
+        "nearest": (LIGHT_BLUE, np.array([100 * error.nearest for _, error in calibrated])),
+        "calibrated": (DARK_BLUE, np.array([100 * error.chosen for _, error in calibrated])),
+    }
+    low, high = _log_range(np.concatenate([values for _, values in drawn.values()]))
+    edge = low * (high / low) ** 0.05
+    area = min(max(6000 / len(layers), 9), 36)
+    (_, above), (_, below) = drawn.values()
+    axes.vlines(places, np.maximum(below, edge), np.maximum(above, edge), color=LIGHT_BLUE, linewidth=1, zorder=1)
+    for label, (colour, values) in drawn.items():
+        lossy = values > 0
+        axes.scatter(places[lossy], values[lossy], s=area, color=colour, linewidths=0, label=label)
+        if not lossy.all():
+            axes.scatter(places[~lossy], [edge] * (~lossy).sum(), s=26, color=colour, marker="v")
+    if not below.all():
+        write_inside(axes, f"▼ no error: {(below == 0).sum()}", 0.01, 0.14, ha="left")
+    axes.set(yscale="log", ylim=(low, high), ylabel="% of the output")
+    steps = next(steps for widest, steps in LOG_STEPS.items() if high / low < widest)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_title("Error of a layer's output, predicted")
+    axes.tick_params(labelbottom=False, bottom=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1, handletextpad=0.2)
+
+
+def _log_range(values: np.ndarray) -> tuple[float, float]:
+    """Limits around the values above 0, at least a LEAST_FACTOR apart."""
+    lossy = values[values > 0]
+    low, high = (lossy.min(), lossy.max()) if len(lossy) else (0.1, 1)
+    middle, reach = math.sqrt(high * low), 1.4 * math.sqrt(max(high / low, LEAST_FACTOR))
+    return middle / reach, middle * reach
 
 
 def draw_losses(axes: Axes, layers: Sequence[LayerReport]) -> None:

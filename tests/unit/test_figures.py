@@ -21,6 +21,7 @@ from PIL import Image
 from reports import heavy_tailed, repeated, report_on, small_report
 from stochastic_fp8_pack.kernels import ROUNDINGS, ErrorStatistics
 from stochastic_fp8_pack.kernels.calibration.data import Observer
+from stochastic_fp8_pack.kernels.calibration.output_error import OutputError
 from stochastic_fp8_pack.kernels.figures import (
     comparison_figure,
     error_histogram,
@@ -437,8 +438,69 @@ def test_layer_report_looks_as_before():
     assert_like_golden(layer_report(small_report()), "layer_report")
 
 
+OUTPUTS = "Error of a layer's output, predicted"
+
+
+def calibrated(report, errors):
+    """The report with (nearest, chosen) errors of the first layers' outputs."""
+    known = [OutputError(5000, *pair) for pair in errors] + [None] * (len(report.layers) - len(errors))
+    layers = (replace(layer, output_error=error) for layer, error in zip(report.layers, known, strict=True))
+    return replace(report, layers=tuple(layers))
+
+
+def two_calibrated():
+    return calibrated(small_report(), [(0.014, 0.004), (0.02, 0.02)])
+
+
+def test_layer_report_shows_the_errors_of_calibrated_outputs():
+    figure = layer_report(two_calibrated())
+    axes = axes_of(figure, OUTPUTS)
+    ties, nearest, chosen = axes.collections
+    assert nearest.get_offsets().data == pytest.approx(np.array([[1, 1.4], [2, 2.0]]))
+    assert chosen.get_offsets().data == pytest.approx(np.array([[1, 0.4], [2, 2.0]]))
+    assert ties.get_segments()[0] == pytest.approx(np.array([[1, 0.4], [1, 1.4]]))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["nearest", "calibrated"]
+    assert nearest.get_facecolor()[0].mean() > chosen.get_facecolor()[0].mean(), "light and dark"
+    assert axes.get_yscale() == "log"
+    assert "% of the output" in texts(axes)
+    assert axes.get_xlim() == axes_of(figure, "Signal over quantization noise, layer by layer").get_xlim() == (0.5, 4.5)
+
+
+def test_errors_of_outputs_that_are_nothing_lie_on_the_edge():
+    axes = axes_of(layer_report(calibrated(small_report(), [(0.0, 0.0), (0.01, 0.0), (0.01, 0.005)])), OUTPUTS)
+    low, high = axes.get_ylim()
+    edges = [dots.get_offsets().data for dots in axes.collections if len(dots.get_paths()[0].vertices) == 4]
+    assert [sorted(points[:, 0]) for points in edges] == [[1], [1, 2]]
+    assert all(low < y < low * (high / low) ** 0.1 for points in edges for y in points[:, 1])
+    assert "▼ no error: 2" in texts(axes)
+
+
+@pytest.mark.parametrize("size", [(1024, 717), (1024, 768), (768, 576), (1600, 1200)])
+@pytest.mark.parametrize(("layers", "decades"), [(1, 0), (4, 0.5), (57, 1.4), (57, 2.4), (1000, 6)])
+def test_layer_report_with_errors_of_outputs_is_sound(size, layers, decades):
+    rank = np.random.default_rng(0).random((layers, 2))
+    errors = np.sort(0.01 * 10 ** (decades * (rank - 0.5)), axis=1)[:, ::-1]
+    figure = layer_report(calibrated(repeated(small_report(), layers), errors.tolist()), width=size[0], height=size[1])
+    assert_sound(figure)
+    axes = axes_of(figure, OUTPUTS)
+    low, high = axes.get_ylim()
+    assert low < 100 * errors.min() <= 100 * errors.max() < high
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) in range(2, 8)
+
+
+def test_a_low_layer_report_leaves_the_errors_of_outputs_to_its_caption():
+    figure = layer_report(two_calibrated(), width=1024, height=640)
+    assert OUTPUTS not in texts(figure)
+    assert "median 1.2 % of the output, nearest 1.7 %" in texts(figure)
+    assert_sound(figure)
+
+
+def test_layer_report_with_errors_of_outputs_looks_as_before():
+    assert_like_golden(layer_report(two_calibrated()), "layer_report_calibrated")
+
+
 def test_layer_report_of_a_thousand_layers_is_fast():
-    report = repeated(small_report(), 1000)
+    report = calibrated(repeated(small_report(), 1000), [(0.02, 0.005)] * 1000)
     to_image(layer_report(small_report()))
     start = time.process_time()
     to_image(layer_report(report))
