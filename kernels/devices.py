@@ -21,15 +21,28 @@ T = TypeVar("T")
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; itself if it is there already.
+    """A tensor on a device; itself if it is there already."""
+    if x.device == device or not _staged(x, device):
+        return x.to(device)
+    return copy(x, torch.empty_like(x, device=device, memory_format=torch.contiguous_format))
+
+
+def copy(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`target`, contiguous and of the same shape and dtype, with the values of `source`.
 
     What is large goes between the CPU and an NVIDIA GPU through two pinned buffers: while one is on the bus, the other
     is filled or emptied.
     """
-    if {x.device.type, device.type} != {"cpu", "cuda"} or x.nbytes <= PIECE_BYTES or x.is_pinned():
-        return x.to(device)
-    flat = x.reshape(-1)
-    return (_upload(flat, device) if device.type == "cuda" else _download(flat)).reshape(x.shape)
+    if not _staged(source, target.device) or target.is_pinned():
+        return target.copy_(source)
+    send = _upload if target.is_cuda else _download
+    send(source.reshape(-1), target.view(-1))
+    return target
+
+
+def _staged(source: torch.Tensor, device: torch.device) -> bool:
+    crosses = {source.device.type, device.type} == {"cpu", "cuda"}
+    return crosses and source.nbytes > PIECE_BYTES and not source.is_pinned()
 
 
 def slices(flat: torch.Tensor, device: torch.device, size: int) -> Slices | list[tuple[int, torch.Tensor]]:
@@ -78,33 +91,29 @@ def with_enough_memory(compute: Callable[[torch.device, int], T], device: torch.
     return compute(torch.device("cpu"), count)
 
 
-def _upload(flat: torch.Tensor, device: torch.device) -> torch.Tensor:
-    result = torch.empty(flat.shape, dtype=flat.dtype, device=device)
-    stream, buffers, copied = _staging(flat, device)
-    for i, (source, target) in enumerate(_pieces(flat, result)):
+def _upload(source: torch.Tensor, target: torch.Tensor) -> None:
+    stream, buffers, copied = _staging(source, target.device)
+    for i, (piece, place) in enumerate(_pieces(source, target)):
         copied[i % 2].synchronize()
-        staged = buffers[i % 2][: len(source)].copy_(source)
+        staged = buffers[i % 2][: len(piece)].copy_(piece)
         with torch.cuda.stream(stream):
-            target.copy_(staged, non_blocking=True)
+            place.copy_(staged, non_blocking=True)
             copied[i % 2].record()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return result
+    torch.cuda.current_stream(target.device).wait_stream(stream)
 
 
-def _download(flat: torch.Tensor) -> torch.Tensor:
-    result = torch.empty(flat.shape, dtype=flat.dtype)
-    stream, buffers, copied = _staging(flat, flat.device)
+def _download(source: torch.Tensor, target: torch.Tensor) -> None:
+    stream, buffers, copied = _staging(source, source.device)
     waiting = None
-    for i, (source, target) in enumerate(_pieces(flat, result)):
-        staged = buffers[i % 2][: len(source)]
+    for i, (piece, place) in enumerate(_pieces(source, target)):
+        staged = buffers[i % 2][: len(piece)]
         with torch.cuda.stream(stream):
-            staged.copy_(source, non_blocking=True)
+            staged.copy_(piece, non_blocking=True)
             copied[i % 2].record()
         if waiting:
             _empty(*waiting)
-        waiting = copied[i % 2], staged, target
+        waiting = copied[i % 2], staged, place
     _empty(*waiting)
-    return result
 
 
 def _empty(copied: torch.cuda.Event, staged: torch.Tensor, target: torch.Tensor) -> None:

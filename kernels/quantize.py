@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .backends import choose_backend
+from .backends import Task, choose_backend
 from .calibration.output_error import OutputError
 from .choices import choose
-from .devices import slices, to_device, with_enough_memory
+from .devices import copy, slices, to_device, with_enough_memory
 from .error import ErrorStatistics, evenly_spaced, merge
 from .formats import FORMATS, Float8Format
 from .random_bits import BLOCK, stream_from, stream_key
@@ -53,6 +53,7 @@ def quantize_tensor(
     key: str = "",
     statistics: bool = False,
     device: torch.device | str | None = None,
+    out: torch.Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantize a tensor to scaled FP8. The bytes depend on the values and arguments alone, not on device or strides.
 
@@ -61,6 +62,8 @@ def quantize_tensor(
     format, rounding, scaling: keys of FORMATS, ROUNDINGS, SCALINGS. seed: 0..2^64-1.
     key: the tensor key (bare ComfyUI layer name + ".weight"), which with the seed decides the random words.
     device: where to compute, as far as its memory goes; the result returns to x's device. Default: where x is.
+    out: memory for the codes, uint8 (x.numel() or more,) on x's device. Default: memory of their own, which costs more,
+    since the operating system clears every page.
 
     Raises ValueError for an unknown choice, TypeError for a dtype that is no plain float, NonFiniteError for NaN or
     infinite values (fp64 values beyond fp32's range included).
@@ -74,15 +77,16 @@ def quantize_tensor(
         parts = slices(flat, device, slice_size)
         amax = _amax(parts, flat, key)
         scale = amax_to_scale(torch.tensor(amax), float8, scaler)
-        codes, errors = [], []
+        codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device) if out is None else out[: flat.numel()]
+        errors = []
         for start, part in parts:
-            part_stream = stream_from(stream, start // BLOCK)
-            results = choose_backend(part).round_tensor(part, scale, amax, float8, method, part_stream, statistics)
-            codes.append(to_device(results[0], flat.device))
-            errors.append(results[1])
-        codes = torch.cat(codes) if len(codes) > 1 else codes[0]
-        error = merge(errors) if len(errors) > 1 and statistics else errors[0]
-        return finish(x, flat, codes.view(float8.dtype), scale, amax, error)
+            target = codes[start : start + part.numel()]
+            made = target if part.device == target.device else torch.empty_like(target, device=part.device)
+            task = Task(scale, amax, float8, method, stream_from(stream, start // BLOCK))
+            errors.append(choose_backend(part).round_tensor(part, made, task, statistics))
+            if made is not target:
+                copy(made, target)
+        return finish(x, flat, codes.view(float8.dtype), scale, amax, merge(errors) if statistics else None)
 
     return with_enough_memory(quantize, torch.device(device or x.device), flat.numel(), key)
 

@@ -74,6 +74,21 @@ def random_words(stream: int, start: int, count: int, device: torch.device | str
     return words.reshape(-1)[start - first * BLOCK :][:count]
 
 
+class Words:
+    """The words of one chunk after another, in buffers that the next chunk overwrites."""
+
+    def __init__(self, stream: int, blocks: int, width: int):
+        """Of chunks of up to `blocks` blocks, of each of which 2 x `width` elements are wanted."""
+        self.stream = stream
+        self.low, self.high = torch.empty((2, blocks, width), dtype=torch.int32)
+
+    def fill(self, first_block: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As fill_words: int32 (blocks, width) each, for the lower and the upper lane of each block."""
+        low, high = self.low[:blocks], self.high[:blocks]
+        fill_words(block_keys(self.stream, first_block, blocks), low, high)
+        return low, high
+
+
 def signed_32(word: int) -> int:
     """The low 32 bits of an integer as an int32 holds them."""
     word &= 0xFFFFFFFF

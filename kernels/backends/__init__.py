@@ -1,4 +1,4 @@
-"""Two jobs, flat tensor -> amax and (flat tensor, scale) -> (codes, statistics), on different devices.
+"""Two jobs, flat tensor -> amax and (flat tensor, scale) -> codes and statistics, on different devices.
 
 The same results, at different speeds.
 """
@@ -14,22 +14,22 @@ import torch
 
 from ..error import ErrorStatistics
 from . import cpu, nvidia, reference
+from .task import Task
 
 log = logging.getLogger("stochastic_fp8")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`round_tensor(flat, scale, amax, format, rounding, stream, statistics)` -> (codes, ErrorStatistics or None).
+    """`round_tensor(flat, codes, task, statistics)` -> ErrorStatistics, or None where no statistics are wanted.
 
-    flat: contiguous float tensor (n,), finite. scale: fp32 0-dim on the CPU. amax: its largest magnitude.
-    stream: random_bits.stream_key. codes: uint8 (n,) on flat's device.
+    flat: contiguous float tensor (n,), finite. codes: uint8 (n,) on its device, to be written. task: a Task.
     `tensor_to_amax(flat)` -> float: as scaling.tensor_to_amax, NaN or infinite where the tensor holds such a value.
     `unavailable(x)` says in words why the backend cannot serve a tensor, or returns None.
     """
 
     name: str
-    round_tensor: Callable[..., tuple[torch.Tensor, ErrorStatistics | None]]
+    round_tensor: Callable[[torch.Tensor, torch.Tensor, Task, bool], ErrorStatistics | None]
     unavailable: Callable[[torch.Tensor], str | None]
     tensor_to_amax: Callable[[torch.Tensor], float] = reference.tensor_to_amax
 

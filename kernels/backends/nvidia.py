@@ -12,7 +12,7 @@ import torch
 from ..error import RELATIVE_BINS, STEP_BINS, ErrorStatistics
 from ..formats import Float8Format
 from ..random_bits import BLOCK, LANE
-from ..rounding import Rounding
+from .task import Task
 
 AMAX_TILE_BYTES, AMAX_WARPS, AMAX_PROGRAMS = 1 << 15, 8, 4
 ROUND_TILE, ROUND_WARPS = 1024, 2
@@ -64,42 +64,26 @@ def tensor_to_amax(flat: torch.Tensor) -> float:
     return largest.cpu().to(integers).view(flat.dtype).float().item()
 
 
-def round_tensor(
-    flat: torch.Tensor,
-    scale: torch.Tensor,
-    amax: float,
-    format: Float8Format,
-    rounding: Rounding,
-    stream: int,
-    statistics: bool,
-) -> tuple[torch.Tensor, ErrorStatistics | None]:
+def round_tensor(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
     """See backends.Backend."""
-    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
-    choices = {
-        "FORMAT": format,
-        "STOCHASTIC": rounding.stochastic,
-        "COMPLEMENT": rounding.complements_words,
-        "CEILING": None if amax == 0 or format.quantum < amax / scale.item() <= format.max else ceiling(format),
-    }
     with _current(flat.device):
         if statistics:
-            return codes, _round_and_measure(flat, codes, scale.item(), amax, _signed_64(stream), choices)
-        _round(flat, codes, scale.item(), _signed_64(stream), choices)
-        return codes, None
+            return _round_and_measure(flat, codes, task)
+        return _round(flat, codes, task)
 
 
-def _round(flat, codes, scale, stream, choices) -> None:
+def _round(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> None:
     from . import triton_kernels
 
     for first_pair, pairs, masked in _launches(flat.numel(), ROUND_TILE):
         triton_kernels.round_to_codes[(pairs,)](
             flat,
             codes,
-            scale,
+            task.scale.item(),
             flat.numel(),
-            stream,
+            _signed_64(task.stream),
             first_pair,
-            **choices,
+            **_choices(task),
             MASKED=masked,
             TILE=ROUND_TILE,
             num_warps=ROUND_WARPS,
@@ -107,7 +91,7 @@ def _round(flat, codes, scale, stream, choices) -> None:
         )
 
 
-def _round_and_measure(flat, codes, scale, amax, stream, choices) -> ErrorStatistics:
+def _round_and_measure(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> ErrorStatistics:
     from . import triton_kernels
 
     launches = list(_launches(flat.numel(), MEASURE_TILE))
@@ -119,15 +103,15 @@ def _round_and_measure(flat, codes, scale, amax, stream, choices) -> ErrorStatis
         triton_kernels.round_and_measure[(len(rows),)](
             flat,
             codes,
-            scale,
-            amax or 1.0,
+            task.scale.item(),
+            task.amax or 1.0,
             flat.numel(),
-            stream,
+            _signed_64(task.stream),
             first_pair,
             pairs,
             counts,
             rows,
-            **choices,
+            **_choices(task),
             SHARED_COUNTERS=flat.is_cuda,
             MASKED=masked,
             TILE=MEASURE_TILE,
@@ -135,7 +119,19 @@ def _round_and_measure(flat, codes, scale, amax, stream, choices) -> ErrorStatis
             enable_fp_fusion=True,
         )
     padding = sum(2 * MEASURE_TILE * pairs for _, pairs, _ in launches) - flat.numel()
-    return _statistics(results.cpu(), counters, columns, flat.numel(), padding, amax)
+    return _statistics(results.cpu(), counters, columns, flat.numel(), padding, task.amax)
+
+
+def _choices(task: Task) -> dict:
+    """What a kernel is compiled for."""
+    format, rounding = task.format, task.rounding
+    in_range = task.amax == 0 or format.quantum < task.amax / task.scale.item() <= format.max
+    return {
+        "FORMAT": format,
+        "STOCHASTIC": rounding.stochastic,
+        "COMPLEMENT": rounding.complements_words,
+        "CEILING": None if in_range else ceiling(format),
+    }
 
 
 def _launches(n: int, tile: int):

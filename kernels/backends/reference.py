@@ -6,9 +6,9 @@ import torch
 
 from .. import scaling
 from ..error import ErrorStatistics, measure, merge
-from ..formats import Float8Format
 from ..random_bits import BLOCK, random_words
-from ..rounding import FRACTION_BITS, Rounding, code_positions, round_to_codes
+from ..rounding import FRACTION_BITS, code_positions, round_to_codes
+from .task import Task
 
 CHUNK = 32 * BLOCK
 """Bounds the memory of intermediates; random words depend on an element's index alone, so it changes no byte."""
@@ -24,25 +24,15 @@ def tensor_to_amax(flat: torch.Tensor) -> float:
     return scaling.tensor_to_amax(flat).item()
 
 
-def round_tensor(
-    flat: torch.Tensor,
-    scale: torch.Tensor,
-    amax: float,
-    format: Float8Format,
-    rounding: Rounding,
-    stream: int,
-    statistics: bool,
-) -> tuple[torch.Tensor, ErrorStatistics | None]:
+def round_tensor(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
     """See backends.Backend."""
-    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
-    scale = scale.to(flat.device)
-    parts = []
+    scale, parts = task.scale.to(flat.device), []
     for start in range(0, flat.numel(), CHUNK):
-        source = flat[start : start + CHUNK]
+        source, target = flat[start : start + CHUNK], codes[start : start + CHUNK]
         scaled = source.float() / scale
-        words = random_words(stream, start, source.numel(), flat.device) if rounding.stochastic else None
-        codes[start : start + CHUNK] = round_to_codes(scaled, words, format, rounding)
+        words = random_words(task.stream, start, source.numel(), flat.device) if task.rounding.stochastic else None
+        target.copy_(round_to_codes(scaled, words, task.format, task.rounding))
         if statistics:
-            positions = code_positions(scaled, format, FRACTION_BITS)
-            parts.append(measure(source.float(), codes[start : start + CHUNK], positions, scale, amax, format))
-    return codes, merge(parts) if statistics else None
+            positions = code_positions(scaled, task.format, FRACTION_BITS)
+            parts.append(measure(source.float(), target, positions, scale, task.amax, task.format))
+    return merge(parts) if statistics else None

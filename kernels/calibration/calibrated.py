@@ -64,9 +64,10 @@ def quantize_weight(
     *,
     statistics: bool = True,
     device: torch.device | str | None = None,
+    out: torch.Tensor | None = None,
 ) -> QuantizedTensor:
     """One layer's weight as the recipe says. Calibrated rounding falls back to nearest where the calibration never
-    saw the layer, or saw one of another width.
+    saw the layer, or saw one of another width. out: as quantize_tensor's; unused by calibrated rounding.
 
     Raises as quantize_tensor, and CalibrationError where the recipe needs a calibration and there is none.
     """
@@ -74,10 +75,10 @@ def quantize_weight(
     choices = {"format": recipe.format, "scaling": recipe.scaling}
     choices |= {"key": key, "statistics": statistics, "device": device}
     if recipe.rounding != CALIBRATED.name:
-        return quantize_tensor(x, rounding=recipe.rounding, seed=recipe.seed, **choices)
+        return quantize_tensor(x, rounding=recipe.rounding, seed=recipe.seed, out=out, **choices)
     layer = calibration.layer_of(key, x)
     if layer is None:
-        return quantize_tensor(x, rounding="nearest", **choices)
+        return quantize_tensor(x, rounding="nearest", out=out, **choices)
     return calibrate_tensor(x, layer, **choices)
 
 

@@ -22,6 +22,10 @@ from ..scaling import tensor_to_amax
 WIDEST_BLOCK = 3072
 """A wider layer's moment is kept as equal blocks on its diagonal, at most this wide: Flux then takes 11 GB, not 28."""
 
+MOST_ROWS = 2048
+"""Of a call with more rows, as a large picture or a video makes, so many are taken, evenly spaced: neighbours are alike,
+and over the steps of a run there are rows enough."""
+
 TILE = 256
 """The moment is symmetric: of each band of this many rows, what lies left of the diagonal band is not stored."""
 
@@ -117,27 +121,33 @@ class Observer:
         self._sums: dict[str, _Sums] = {}
 
     def observe(self, key: str, x: torch.Tensor) -> None:
-        """Add one call's inputs: x (..., width), float of any width, on any device.
+        """Add one call's inputs: x (..., width), float of any width, on any device. See MOST_ROWS.
 
         Raises ActivationError for NaN or infinite values.
         """
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = x.detach().reshape(-1, x.shape[-1])
         if not rows.shape[0]:
             return
         amax = float(tensor_to_amax(rows))
         if not math.isfinite(amax):
-            nan, inf = int(rows.isnan().sum()), int(rows.isinf().sum())
+            nan, inf = int(rows.isnan().sum()), int(rows.float().isinf().sum())
             raise ActivationError(
                 f"the inputs of layer '{key.removesuffix('.weight')}' hold {nan} NaN and {inf} infinite values: the "
                 f"model does not work with these settings or in this precision, so there is nothing to calibrate on"
             )
         if key not in self._sums:
             self._sums[key] = _Sums(rows.shape[1], self.device)
-        self._sums[key].add(rows, amax)
+        self._sums[key].add(_thin(rows).float(), amax)
 
     def result(self, source: str = "") -> Calibration:
         """What was seen. The observer may not be used after that."""
         return Calibration({key: sums.result() for key, sums in self._sums.items()}, source)
+
+
+def _thin(rows: torch.Tensor) -> torch.Tensor:
+    """At most MOST_ROWS of them. An odd step goes through all columns of a picture, whose sides are mostly even."""
+    step = -(-len(rows) // MOST_ROWS)
+    return rows[:: step | 1]
 
 
 class _Sums:

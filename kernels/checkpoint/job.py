@@ -313,6 +313,7 @@ class _Job:
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as pool:
             pending = _Pending()
             loaded = self.load_ahead(reader, [name for name in order if name in quantized])
+            codes = _two_buffers(max(math.prod(self.source.tensors[name].shape) for name in quantized))
             for name in order:
                 key = self.selection.tensor_key(name)
                 progress(done, total, key)
@@ -321,7 +322,7 @@ class _Job:
                     pending.wait_then(pool, writer.copy, name, self.source, copies[name])
                     continue
                 try:
-                    q = self._quantize(next(loaded), key, device, statistics)
+                    q = self._quantize(next(loaded), key, device, statistics, next(codes))
                 except NonFiniteError as error:
                     nonfinite.append(error)
                     continue
@@ -334,17 +335,16 @@ class _Job:
         progress(total, total, "")
         return results
 
-    def _quantize(self, x: torch.Tensor, key: str, device, statistics: bool) -> QuantizedTensor:
+    def _quantize(self, x: torch.Tensor, key: str, device, statistics: bool, codes: torch.Tensor) -> QuantizedTensor:
         recipe = self.recipe
-        q = quantize_weight(x, key, recipe, self.calibration, statistics=statistics, device=device)
+        q = quantize_weight(x, key, recipe, self.calibration, statistics=statistics, device=device, out=codes)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", trace(key, x, q, rounding=recipe.rounding, seed=recipe.seed))
         return q
 
     def load_ahead(self, reader: ThreadPoolExecutor, names: list[str]) -> Iterator[torch.Tensor]:
         """Each weight, valid until the next is asked for, while that one is being read."""
-        largest = max(self.source.tensors[name].nbytes for name in names)
-        scratch = cycle([torch.empty(largest, dtype=torch.uint8) for _ in range(2)])
+        scratch = _two_buffers(max(self.source.tensors[name].nbytes for name in names))
         following = None
         for name in names:
             current, following = following, reader.submit(self._load, name, next(scratch))
@@ -458,6 +458,11 @@ class _Pending:
     def wait_then(self, pool: ThreadPoolExecutor, function: Callable, *arguments) -> None:
         self.wait()
         self.future = pool.submit(function, *arguments)
+
+
+def _two_buffers(nbytes: int) -> Iterator[torch.Tensor]:
+    """In turns: while one is worked on, the other is filled or emptied."""
+    return cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)])
 
 
 def _write_layer(writer: Writer, name: str, codes: torch.Tensor, scale_name: str, scale: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from measure import Absent, Row, table  # noqa: E402
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, quantize_tensor  # noqa: E402
-from stochastic_fp8_pack.kernels.backends import nvidia, reference  # noqa: E402
+from stochastic_fp8_pack.kernels.backends import Task, nvidia, reference  # noqa: E402
 from stochastic_fp8_pack.kernels.random_bits import stream_key  # noqa: E402
 
 SIDE = 8192
@@ -200,8 +200,9 @@ def wall(run, times=15):
 def rounding_pass(x, rounding="stochastic", format="float8_e4m3fn", backend=nvidia):
     flat, amax = x.view(-1), float(x.abs().max())
     scale = torch.tensor(amax) / FORMATS[format].max
-    arguments = (flat, scale, amax, FORMATS[format], ROUNDINGS[rounding], stream_key(1, rounding, "k"), False)
-    return lambda: backend.round_tensor(*arguments)
+    task = Task(scale, amax, FORMATS[format], ROUNDINGS[rounding], stream_key(1, rounding, "k"))
+    codes = torch.empty(flat.shape, dtype=torch.uint8, device=x.device)
+    return lambda: backend.round_tensor(flat, codes, task, False)
 
 
 def kitchen(x, scale):

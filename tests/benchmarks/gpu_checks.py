@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, SCALINGS, NonFiniteError, quantize_tensor
-from stochastic_fp8_pack.kernels.backends import cpu, nvidia, reference, triton_kernels
+from stochastic_fp8_pack.kernels.backends import Task, cpu, nvidia, reference, triton_kernels
 from stochastic_fp8_pack.kernels.random_bits import BLOCK, stream_from, stream_key
 from stochastic_fp8_pack.kernels.scaling import amax_to_scale
 
@@ -57,12 +57,13 @@ def _compare(x, format, rounding, scaling, stream):
     on_gpu = x.cuda()
     amax = nvidia.tensor_to_amax(on_gpu)
     scale = amax_to_scale(torch.tensor(amax), format, scaling)
-    arguments = (scale, amax, format, rounding, stream)
-    codes, expected = cpu.round_tensor(x, *arguments, True)
+    task = Task(scale, amax, format, rounding, stream)
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    expected = cpu.round_tensor(x, codes, task, True)
     found = Counter(tensors=1, elements=x.numel(), amax_differs=amax != reference.tensor_to_amax(x))
     for backend, statistics in ((nvidia, False), (nvidia, True), (reference, False)):
-        _poison(x.numel())
-        result, error = backend.round_tensor(on_gpu, *arguments, statistics)
+        result = _poisoned(x.numel())
+        error = backend.round_tensor(on_gpu, result, task, statistics)
         found["bytes"] += x.numel()
         found["bytes_differ"] += int((result.cpu() != codes).sum())
         if error is not None:
@@ -80,9 +81,9 @@ def _compare_statistics(ours, expected):
     return Counter(statistics=1, sums_differ=not close) + Counter(f"{name}_differs" for name in differ)
 
 
-def _poison(n):
-    """Fill the memory that the next allocation of n bytes will get, so that a byte nobody writes shows."""
-    torch.full((n,), POISON, dtype=torch.uint8, device="cuda")
+def _poisoned(n):
+    """Memory for n codes, filled with others, so that a byte nobody writes shows."""
+    return torch.full((n,), POISON, dtype=torch.uint8, device="cuda")
 
 
 def layouts():
@@ -117,13 +118,13 @@ def beyond_int32():
     scale = amax_to_scale(torch.tensor(amax), format, SCALINGS["absmax"])
     compared = differ = 0
     for statistics in (False, True):
-        _poison(n)
-        codes, error = nvidia.round_tensor(x, scale, amax, format, rounding, stream, statistics)
+        codes = _poisoned(n)
+        error = nvidia.round_tensor(x, codes, Task(scale, amax, format, rounding, stream), statistics)
         for block in (0, 2**30 // BLOCK - 2, 2**31 // BLOCK - 8, random.randrange(2**14), n // BLOCK - 3):
             part = slice(block * BLOCK, block * BLOCK + 16 * BLOCK)
-            expected, _ = cpu.round_tensor(
-                x[part].cpu(), scale, amax, format, rounding, stream_from(stream, block), False
-            )
+            task = Task(scale, amax, format, rounding, stream_from(stream, block))
+            expected = torch.empty(codes[part].shape, dtype=torch.uint8)
+            cpu.round_tensor(x[part].cpu(), expected, task, False)
             compared += expected.numel()
             differ += int((codes[part].cpu() != expected).sum())
     counted = sum(error.step_histogram) == n == sum(error.relative_histogram) + error.exact

@@ -102,7 +102,7 @@ def test_counting_gives_what_measuring_gives(monkeypatch, rounding, dtype, scali
     x = weights(700_000, dtype) * (100 if scaling == "none" else 1)
     options = {"rounding": rounding, "scaling": scaling, "statistics": True, "key": "w"}
     counted = quantize_tensor(x, **options).error
-    monkeypatch.setattr(cpu, "COUNTING_THRESHOLD", 1 << 40)
+    monkeypatch.setattr(cpu, "LOOKUP_THRESHOLD", 1 << 40)
     measured = quantize_tensor(x, **options).error
     for name in ("count", "saturated", "flushed", "exact", "step_histogram", "samples"):
         assert getattr(counted, name) == getattr(measured, name), name

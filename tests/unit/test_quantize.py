@@ -14,7 +14,7 @@ from stochastic_fp8_pack.kernels import (
     dequantize_tensor,
     quantize_tensor,
 )
-from stochastic_fp8_pack.kernels.backends import BACKENDS, choose_backend, cpu, reference
+from stochastic_fp8_pack.kernels.backends import BACKENDS, Task, choose_backend, cpu, reference
 from stochastic_fp8_pack.kernels.random_bits import stream_key
 from stochastic_fp8_pack.kernels.scaling import amax_to_scale, tensor_to_amax
 
@@ -48,8 +48,10 @@ def test_the_fast_path_has_the_bytes_of_the_reference(dtype, format, rounding, s
         x = heavy_tailed(n, dtype)
         amax = tensor_to_amax(x)
         scale = amax_to_scale(amax, FORMATS[format], SCALINGS[scaling])
-        arguments = (x, scale, amax.item(), FORMATS[format], ROUNDINGS[rounding], stream, False)
-        fast, slow = cpu.round_tensor(*arguments)[0], reference.round_tensor(*arguments)[0]
+        task = Task(scale, amax.item(), FORMATS[format], ROUNDINGS[rounding], stream)
+        fast, slow = torch.full((2, n), 0xFF, dtype=torch.uint8)
+        cpu.round_tensor(x, fast, task, False)
+        reference.round_tensor(x, slow, task, False)
         assert torch.equal(fast, slow), n
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, SCALINGS
-from stochastic_fp8_pack.kernels.backends import BACKENDS, nvidia, reference
+from stochastic_fp8_pack.kernels.backends import BACKENDS, Task, nvidia, reference
 from stochastic_fp8_pack.kernels.random_bits import stream_key
 from stochastic_fp8_pack.kernels.scaling import amax_to_scale
 
@@ -53,8 +53,12 @@ def both(x, format, rounding, scaling="absmax", statistics=False, seed=1):
     amax = reference.tensor_to_amax(x)
     scale = amax_to_scale(torch.tensor(amax), FORMATS[format], SCALINGS[scaling])
     stream = stream_key(seed, rounding, "layer.weight")
-    arguments = (x, scale, amax, FORMATS[format], ROUNDINGS[rounding], stream, statistics)
-    return nvidia.round_tensor(*arguments), reference.round_tensor(*arguments)
+    task = Task(scale, amax, FORMATS[format], ROUNDINGS[rounding], stream)
+    results = []
+    for backend in (nvidia, reference):
+        codes = torch.full((x.numel(),), 0xFF, dtype=torch.uint8)
+        results.append((codes, backend.round_tensor(x, codes, task, statistics)))
+    return results
 
 
 @roundings
