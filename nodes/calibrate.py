@@ -27,6 +27,11 @@ FOLDER = "fp8_calibrations"
 """The folder under output/, and under models/, that Load FP8 Calibration lists."""
 
 
+MOST_ROWS = 4096
+"""Of what a layer is fed for a large picture or a video, at most so many places are recorded a step: neighbours are
+alike, and over the steps of a run there are rows enough."""
+
+
 @contextmanager
 def observing(network: Network, observer: Observer) -> Iterator[None]:
     """Let an observer see the inputs of every Linear of a network, by tensor key, until the block ends."""
@@ -150,7 +155,7 @@ class StochasticFP8Calibrate(io.ComfyNode):
         runs,
         calibration=None,
     ):
-        observer = Observer()
+        observer = Observer(most_rows=MOST_ROWS)
         network = diffusion_network(model)
         with observing(network, observer):
             for run in range(runs):

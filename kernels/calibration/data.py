@@ -22,10 +22,6 @@ from ..scaling import tensor_to_amax
 WIDEST_BLOCK = 3072
 """A wider layer's moment is kept as equal blocks on its diagonal, at most this wide: Flux then takes 11 GB, not 28."""
 
-MOST_ROWS = 2048
-"""Of a call with more rows, as a large picture or a video makes, so many are taken, evenly spaced: neighbours are alike,
-and over the steps of a run there are rows enough."""
-
 TILE = 256
 """The moment is symmetric: of each band of this many rows, what lies left of the diagonal band is not stored."""
 
@@ -114,14 +110,17 @@ class Calibration:
 
 
 class Observer:
-    """Gathers a calibration from the inputs of layers, call by call. The sums are kept on `device`."""
+    """Gathers a calibration from the inputs of layers, call by call. The sums are kept on `device`.
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.device = device
+    most_rows: of a call with more rows only so many are taken, evenly spaced.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", most_rows: int | None = None):
+        self.device, self.most_rows = device, most_rows
         self._sums: dict[str, _Sums] = {}
 
     def observe(self, key: str, x: torch.Tensor) -> None:
-        """Add one call's inputs: x (..., width), float of any width, on any device. See MOST_ROWS.
+        """Add one call's inputs: x (..., width), float of any width, on any device.
 
         Raises ActivationError for NaN or infinite values.
         """
@@ -137,16 +136,16 @@ class Observer:
             )
         if key not in self._sums:
             self._sums[key] = _Sums(rows.shape[1], self.device)
-        self._sums[key].add(_thin(rows).float(), amax)
+        self._sums[key].add(_thin(rows, self.most_rows or len(rows)).float(), amax)
 
     def result(self, source: str = "") -> Calibration:
         """What was seen. The observer may not be used after that."""
         return Calibration({key: sums.result() for key, sums in self._sums.items()}, source)
 
 
-def _thin(rows: torch.Tensor) -> torch.Tensor:
-    """At most MOST_ROWS of them. An odd step goes through all columns of a picture, whose sides are mostly even."""
-    step = -(-len(rows) // MOST_ROWS)
+def _thin(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many of them. An odd step goes through all columns of a picture, whose sides are mostly even."""
+    step = -(-len(rows) // most)
     return rows[:: step | 1]
 
 

@@ -31,8 +31,8 @@ def inputs(rows, width, seed=0):
     return torch.randn(rows, width, generator=generator) @ mixing
 
 
-def observed(*calls, key=KEY):
-    observer = Observer()
+def observed(*calls, key=KEY, **options):
+    observer = Observer(**options)
     for x in calls:
         observer.observe(key, x)
     return observer.result()
@@ -87,6 +87,17 @@ def test_inputs_of_any_precision(dtype):
     layer = observed(x).layers[KEY]
     assert layer.amax == 3.0
     assert layer.moment()[0, 1, :4].tolist() == [-3.0, 9.0, -1.5, 0.0]
+
+
+def test_of_a_call_with_many_rows_some_are_taken_evenly():
+    """An odd step, so that it goes through all columns of a picture that is 8 wide."""
+    x = torch.zeros(120, 16)
+    x[torch.arange(120), torch.arange(120) % 8] = 1
+    x[111, 15] = 9
+    layer = observed(x, torch.ones(30, 16), most_rows=30).layers[KEY]
+    assert (layer.rows, layer.amax) == (24 + 30, 9)
+    taken = 54 * layer.moment()[0].diagonal() - 30
+    assert taken.tolist() == pytest.approx([3] * 8 + [0] * 8, abs=1e-4)
 
 
 def test_calls_without_rows_count_for_nothing():

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import torch
+from comfy.model_management import unload_all_models
 
 
 class ModelDigest:
@@ -105,4 +106,50 @@ def _half_context(extra_conds, given):
     return {"c_crossattn": context}
 
 
-NODES = (ModelDigest, ForeignModel, UnlinearModel, HalvingModel)
+class LowVramModel:
+    """A MODEL that ComfyUI loads as on a device with room for a share of it: the rest stays behind until it is used."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "limit"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "share": ("FLOAT", {"default": 0.5})}}
+
+    def limit(self, model, share):
+        unload_all_models()
+        limited = model.clone()
+        load = limited.load
+
+        def load_a_share(device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+            room = share * model.model_size()
+            load(device_to, lowvram_model_memory=room, force_patch_weights=force_patch_weights, full_load=False)
+
+        limited.load = load_a_share
+        return (limited,)
+
+
+class LoadState:
+    """How many of a MODEL's Linear layers ComfyUI left behind when loading, and how many it patches at each use."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "count"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}, "optional": {"after": ("*", {"forceInput": True})}}
+
+    def count(self, model, after=None):
+        linear = [module for module in model.model.diffusion_model.modules() if hasattr(module, "in_features")]
+        state = {
+            "linear": len(linear),
+            "left_behind": sum(hasattr(module, "prev_comfy_cast_weights") for module in linear),
+            "patched_at_each_use": sum(len(module.weight_function) > 0 for module in linear),
+        }
+        return {"ui": {"text": [json.dumps(state)]}}
+
+
+NODES = (ModelDigest, ForeignModel, UnlinearModel, HalvingModel, LowVramModel, LoadState)
