@@ -7,12 +7,13 @@ from dataclasses import asdict, replace
 
 import torch
 
-from ..kernels import KeptTensor, LayerReport, NonFiniteError, Recipe, Report
+from ..kernels import KeptTensor, LayerReport, NonFiniteError, QuantizedTensor, Recipe, Report
+from ..kernels.background import Background
 from ..kernels.calibration.calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
 from ..kernels.calibration.data import Calibration
 from ..kernels.checkpoint.layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from ..kernels.checkpoint.presets import TEXT_ENCODER
-from ..kernels.devices import to_device
+from ..kernels.devices import to_device, to_gpu_if_it_fits
 from ..kernels.rounding import CALIBRATED
 from ..kernels.version import VERSION
 from .models import Part
@@ -56,15 +57,19 @@ def quantize_network(
     layers, nonfinite = [], []
     total = sum(network.info(name).nbytes for name in selection.quantize)
     done = 0
-    for name in selection.quantize:
-        progress(done, total, name)
-        done += network.info(name).nbytes
-        try:
-            weights[name], layer = _quantize_weight(network, name, recipe, device, calibration)
-            layers.append(layer)
-            progress.observe(len(layers), len(selection.quantize), layer.error)
-        except NonFiniteError as error:
-            nonfinite.append(error)
+    with Background("fetch") as fetching:
+        for name in selection.quantize:
+            progress(done, total, name)
+            done += network.info(name).nbytes
+            try:
+                q = _quantize(network, name, recipe, device, calibration)
+            except NonFiniteError as error:
+                nonfinite.append(error)
+                continue
+            layers.append(_layer_report(network, name, q))
+            progress.observe(len(layers), len(selection.quantize), q.error)
+            fetching.run(_bring_home, weights, name, _scaled_weight(network, name, q, recipe, calibration))
+        fetching.wait()
     progress(total, total, "")
     if nonfinite and recipe.nonfinite == "error":
         raise ModelError(_nonfinite_text(nonfinite))
@@ -123,23 +128,35 @@ def nothing_to_quantize(report: Report) -> ModelError:
     return ModelError(f"nothing to quantize in {report.source}: {text}")
 
 
-def _quantize_weight(
+def _quantize(
     network: Network, name: str, recipe: Recipe, device: torch.device, calibration: Calibration | None
-) -> tuple[ScaledWeight, LayerReport]:
-    info = network.info(name)
-    home = network.patcher.offload_device
+) -> QuantizedTensor:
+    """The codes lie on the device, if it has the room."""
     start = network.tensor(name).device if network.is_plain(name) else device
-    q = quantize_weight(narrow(network.value(name, start)), name, recipe, calibration, device=device)
+    weight = to_gpu_if_it_fits(narrow(network.value(name, start)), device)
+    return quantize_weight(weight, name, recipe, calibration, device=device)
+
+
+def _scaled_weight(
+    network: Network, name: str, q: QuantizedTensor, recipe: Recipe, calibration: Calibration | None
+) -> ScaledWeight:
     full_precision = recipe.matmul == "full" and not network.is_text_encoder
     known = network.scaled[name].input_scale if name in network.scaled else None
     measured = input_scale(calibration, name, recipe)
-    scaled = ScaledWeight(
-        to_device(q.codes, home), q.scale.to(home), full_precision, known if measured is None else measured
-    )
-    layer = LayerReport(
+    scale = q.scale.to(network.patcher.offload_device)
+    return ScaledWeight(q.codes, scale, full_precision, known if measured is None else measured)
+
+
+def _bring_home(weights: dict[str, ScaledWeight], name: str, weight: ScaledWeight) -> None:
+    """Put a weight into the dict, its codes to where its scale lies."""
+    weights[name] = replace(weight, codes=to_device(weight.codes, weight.scale.device))
+
+
+def _layer_report(network: Network, name: str, q: QuantizedTensor) -> LayerReport:
+    info = network.info(name)
+    return LayerReport(
         name, info.shape, info.dtype, info.nbytes, q.amax, q.scale.item(), q.error, output_error=q.output_error
     )
-    return scaled, layer
 
 
 def _calibration_notes(recipe: Recipe, layers: Iterable[LayerReport]) -> Iterable[str]:

@@ -7,17 +7,19 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from pathlib import Path
 
 import torch
 
+from ..background import Background
 from ..calibration.calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
 from ..calibration.data import Calibration, load_calibration
 from ..calibration.output_error import OutputError
 from ..choices import choose
+from ..devices import copy, to_gpu_if_it_fits
 from ..error import ErrorStatistics
 from ..formats import FORMATS
 from ..quantize import NonFiniteError, QuantizedTensor, dequantize_tensor
@@ -294,50 +296,59 @@ class _Job:
             **{name: TensorInfo.of(tensor) for name, tensor in constants.items()},
         }
         entries = self._metadata() | layout.metadata(layers.values()) | dict(metadata)
+        total = sum(self.source.tensors[name].nbytes for name in (*self.quantized, *copies.values()))
+
+        def tell(done: int, key: str) -> None:
+            progress(done, total, key)
+
         with writing(target, infos, entries, overwrite=overwrite) as writer:
             for name, tensor in constants.items():
                 writer.write(name, tensor)
             scale_names = {weight: scale for scale, weight in scales.items()}
-            results = self._stream(writer, copies, scale_names, device, statistics, progress, observe)
+            results = self._stream(writer, copies, scale_names, device, statistics, tell, observe)
             self._verify(writer, target)
+            tell(total, "")  # the last moment for a cancel
         return results
 
-    def _stream(self, writer, copies, scale_names, device, statistics, progress, observe) -> dict[str, _Result]:
+    def _stream(self, writer, copies, scale_names, device, statistics, tell, observe) -> dict[str, _Result]:
         """The pass: while one tensor is rounded, the next is read and the one before is written."""
         quantized = set(self.quantized)
         order = [name for name in writer.order if name in quantized or name in copies]
-        total = sum(self.source.tensors[copies.get(name, name)].nbytes for name in order)
         done = 0
         results: dict[str, _Result] = {}
         nonfinite: list[NonFiniteError] = []
-        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as pool:
-            pending = _Pending()
+        with ThreadPoolExecutor(1, "read") as reader, Background("write") as writing_thread:
             loaded = self.load_ahead(reader, [name for name in order if name in quantized])
-            codes = _two_buffers(max(math.prod(self.source.tensors[name].shape) for name in quantized))
+            buffers = _two_buffers(max(math.prod(self.source.tensors[name].shape) for name in quantized))
             for name in order:
                 key = self.selection.tensor_key(name)
-                progress(done, total, key)
+                tell(done, key)
                 done += self.source.tensors[copies.get(name, name)].nbytes
                 if name in copies:
-                    pending.wait_then(pool, writer.copy, name, self.source, copies[name])
+                    writing_thread.run(writer.copy, name, self.source, copies[name])
                     continue
+                buffer = next(buffers)
                 try:
-                    q = self._quantize(next(loaded), key, device, statistics, next(codes))
+                    q = self._quantize(next(loaded), key, device, statistics, buffer)
                 except NonFiniteError as error:
                     nonfinite.append(error)
                     continue
                 results[name] = _Result(q.amax, q.scale.item(), q.error, q.output_error)
                 observe(len(results), len(quantized), q.error)
-                pending.wait_then(pool, _write_layer, writer, name, q.codes, scale_names[name], q.scale)
-            pending.wait()
+                writing_thread.run(_write_layer, writer, name, q, scale_names[name], buffer)
+            writing_thread.wait()
         if nonfinite:
             raise fault(self.source.path, _nonfinite_text(nonfinite))
-        progress(total, total, "")
         return results
 
-    def _quantize(self, x: torch.Tensor, key: str, device, statistics: bool, codes: torch.Tensor) -> QuantizedTensor:
+    def _quantize(
+        self, x: torch.Tensor, key: str, device: torch.device | str | None, statistics: bool, buffer: torch.Tensor
+    ) -> QuantizedTensor:
+        """The codes stay on the device, or lie in the buffer."""
         recipe = self.recipe
-        q = quantize_weight(x, key, recipe, self.calibration, statistics=statistics, device=device, out=codes)
+        x = to_gpu_if_it_fits(x, torch.device(device or x.device))
+        out = buffer if x.device == buffer.device else None
+        q = quantize_weight(x, key, recipe, self.calibration, statistics=statistics, device=device, out=out)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", trace(key, x, q, rounding=recipe.rounding, seed=recipe.seed))
         return q
@@ -444,30 +455,17 @@ def _opened(calibration: Calibration | str | os.PathLike | None) -> Calibration 
     return load_calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
 
 
-class _Pending:
-    """At most one task under way in another thread."""
-
-    def __init__(self):
-        self.future: Future | None = None
-
-    def wait(self) -> None:
-        future, self.future = self.future, None
-        if future:
-            future.result()
-
-    def wait_then(self, pool: ThreadPoolExecutor, function: Callable, *arguments) -> None:
-        self.wait()
-        self.future = pool.submit(function, *arguments)
-
-
 def _two_buffers(nbytes: int) -> Iterator[torch.Tensor]:
     """In turns: while one is worked on, the other is filled or emptied."""
     return cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)])
 
 
-def _write_layer(writer: Writer, name: str, codes: torch.Tensor, scale_name: str, scale: torch.Tensor) -> None:
+def _write_layer(writer: Writer, name: str, q: QuantizedTensor, scale_name: str, buffer: torch.Tensor) -> None:
+    codes = q.codes
+    if codes.device != buffer.device:
+        codes = copy(codes, buffer[: codes.numel()].view(codes.dtype).view(codes.shape))
     writer.write(name, codes)
-    writer.write(scale_name, scale.cpu())
+    writer.write(scale_name, q.scale.cpu())
 
 
 def _nonfinite_text(errors: list[NonFiniteError]) -> str:

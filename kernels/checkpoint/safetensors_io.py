@@ -22,6 +22,9 @@ from .safetensors_header import MAX_HEADER, TensorInfo, format_header, parse_hea
 COPY_CHUNK = 1 << 23
 """Bytes of a tensor in memory at once while it is copied from file to file."""
 
+SYNC_BYTES = 1 << 27
+"""Written bytes after which the disk is waited for: what is still on its way takes memory, and time at the end."""
+
 _NOT_SAFETENSORS = {
     b"PK\x03\x04": "is a PyTorch pickle; pickles can run code and are never opened: convert it to safetensors first",
     b"\x80": "is a Python pickle; pickles can run code and are never opened: convert it to safetensors first",
@@ -197,6 +200,7 @@ class Writer:
         self._tensors = tensors
         self._offsets = offsets
         self._missing = set(offsets)
+        self._unsynced = 0
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -227,8 +231,12 @@ class Writer:
 
     def write_at(self, offset: int, data: memoryview) -> None:
         self._file.seek(offset)
+        self._unsynced += len(data)
         while len(data):
             data = data[self._file.write(data) :]
+        if self._unsynced >= SYNC_BYTES:
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
 
     def check_complete(self) -> None:
         if self._missing:

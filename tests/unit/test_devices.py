@@ -1,11 +1,13 @@
 """Moving tensors and making do with less memory, as far as a CPU shows it; tests/benchmarks/gpu.py does the rest."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import NonFiniteError, quantize, quantize_tensor
+from stochastic_fp8_pack.kernels.background import Background
 from stochastic_fp8_pack.kernels.devices import SMALLEST_SLICE, slices, to_device, with_enough_memory
 from stochastic_fp8_pack.kernels.random_bits import BLOCK, random_words, stream_from
 
@@ -123,6 +125,39 @@ def test_a_stream_can_be_entered_at_any_block():
     later = random_words(stream_from(12345, 3), 0, 1000)
     np.testing.assert_array_equal(later, random_words(12345, 3 * BLOCK, 1000))
     assert 0 <= stream_from(2**64 - 1, 10**6) < 2**64
+
+
+def test_codes_go_to_the_memory_that_is_offered():
+    x = torch.randn(30, 10)
+    memory = torch.full((301,), 0xFF, dtype=torch.uint8)
+    q = quantize_tensor(x, key="w", out=memory)
+    assert q.codes.data_ptr() == memory.data_ptr()
+    assert torch.equal(memory[:300], quantize_tensor(x, key="w").codes.view(torch.uint8).reshape(-1))
+    assert memory[300] == 0xFF
+
+
+def test_background_work_is_done_one_by_one_and_in_order():
+    done, first_may_end = [], threading.Event()
+
+    def first():
+        first_may_end.wait(10)
+        done.append(1)
+
+    with Background("test") as background:
+        background.run(first)
+        assert done == []
+        first_may_end.set()
+        background.run(done.append, 2)
+        background.wait()
+        assert done == [1, 2]
+
+
+def test_an_error_in_the_background_comes_out():
+    with Background("test") as background:
+        background.run(int, "x")
+        with pytest.raises(ValueError, match="invalid literal"):
+            background.run(print)
+        background.wait()
 
 
 def test_a_tensor_that_is_there_already_is_not_copied():
