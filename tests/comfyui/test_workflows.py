@@ -151,6 +151,9 @@ def test_calibrate_quantize_compare(bench):
         [np.asarray(bench.server.view(outputs[node][f"{side}_images"][0]), dtype=float) for side in "ab"]
         for node in sheets
     )
+    assert [outputs[node]["names"] for node in sheets] == [["original", "nearest"], ["original", "calibrated"]]
+    (comparison,) = (node for node in prompt if prompt[node]["class_type"] == "StochasticFP8Compare")
+    assert bench.server.view(outputs[comparison]["images"][0]).size == (1024, 1024)
     assert np.array_equal(nearest[0], calibrated[0])
     errors = [np.square(original - image).mean() for original, image in (nearest, calibrated)]
     assert errors[1] < 0.5 * errors[0], errors
