@@ -13,10 +13,13 @@ class Background:
         self._pool = ThreadPoolExecutor(1, name)
         self._task: Future | None = None
 
-    def run(self, function: Callable, *arguments) -> None:
-        """Begin a task as soon as the one before has ended."""
+    def run(self, function: Callable, *arguments, here: bool = False) -> None:
+        """Begin a task as soon as the one before has ended. here: in this thread, for a task too small to hand over."""
         self.wait()
-        self._task = self._pool.submit(function, *arguments)
+        if here:
+            function(*arguments)
+        else:
+            self._task = self._pool.submit(function, *arguments)
 
     def wait(self) -> None:
         """Until there is no task under way."""

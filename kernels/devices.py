@@ -27,14 +27,6 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return copy(x, torch.empty_like(x, device=device, memory_format=torch.contiguous_format))
 
 
-def to_gpu_if_it_fits(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on an NVIDIA GPU; where the device is another, or out of memory, the tensor stays where it is."""
-    try:
-        return to_device(x, device) if device.type == "cuda" else x
-    except torch.cuda.OutOfMemoryError:
-        return x
-
-
 def copy(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """`target`, contiguous and of the same shape and dtype, with the values of `source`.
 

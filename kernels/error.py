@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 
 import torch
 
@@ -101,6 +102,8 @@ class ErrorStatistics:
 def merge(parts: Iterable[ErrorStatistics]) -> ErrorStatistics:
     """The statistics of all the given sets of numbers together; `samples` are thinned evenly to SAMPLES."""
     parts = tuple(parts) or (ErrorStatistics(),)
+    if len(parts) == 1:
+        return parts[0]
     totals = {name: sum(getattr(part, name) for part in parts) for name in _ADDED}
     largest = {name: max(getattr(part, name) for part in parts) for name in ("max_error", "amax")}
     histograms = {
@@ -152,7 +155,7 @@ def measure(
     scratch = scratch or Scratch(n, original.dtype, original.device)
     code, sign = (buffer[:n] for buffer in scratch.integers)
     dequantized, error, terms = (buffer[:n] for buffer in scratch.floats)
-    values = (torch.tensor(format.values, device=codes.device) * scale).to(original.dtype)
+    values = (_values(format, codes.device) * scale).to(original.dtype)
     torch.index_select(values, 0, code.copy_(codes), out=dequantized)
     torch.sub(dequantized, original, out=error)
     low, high = torch.aminmax(error)
@@ -182,6 +185,11 @@ def measure(
         step_histogram=tuple(histogram.sum(1).tolist()),
         relative_histogram=tuple(relative_histogram.tolist()),
     )
+
+
+@lru_cache(maxsize=16)
+def _values(format: Float8Format, device: torch.device) -> torch.Tensor:
+    return torch.tensor(format.values, device=device)
 
 
 def _step_bins(code: torch.Tensor, positions: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:

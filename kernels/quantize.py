@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -34,9 +35,9 @@ class QuantizedTensor:
     """A tensor in scaled FP8: dequantized values are `codes * scale`."""
 
     codes: torch.Tensor
-    """float8, of the source's shape, contiguous, on its device."""
+    """float8, of the source's shape, contiguous, on its device unless quantize_tensor was told otherwise."""
     scale: torch.Tensor
-    """fp32, 0-dim, on its device."""
+    """fp32, 0-dim, on the codes' device."""
     amax: float
     error: ErrorStatistics | None = None
     output_error: OutputError | None = None
@@ -54,6 +55,7 @@ def quantize_tensor(
     statistics: bool = False,
     device: torch.device | str | None = None,
     out: torch.Tensor | None = None,
+    bring_back: bool = True,
 ) -> QuantizedTensor:
     """Quantize a tensor to scaled FP8. The bytes depend on the values and arguments alone, not on device or strides.
 
@@ -62,8 +64,9 @@ def quantize_tensor(
     format, rounding, scaling: keys of FORMATS, ROUNDINGS, SCALINGS. seed: 0..2^64-1.
     key: the tensor key (bare ComfyUI layer name + ".weight"), which with the seed decides the random words.
     device: where to compute, as far as its memory goes; the result returns to x's device. Default: where x is.
-    out: memory for the codes, uint8 (x.numel() or more,) on x's device. Default: memory of their own, which costs more,
-    since the operating system clears every page.
+    out: memory for codes on x's device, uint8 (x.numel() or more,). Default: memory of their own, which costs more,
+    since the operating system clears every page. bring_back: False leaves the result on the device that computed it, if
+    it has the memory for it, so that it can be fetched while the next tensor is computed.
 
     Raises ValueError for an unknown choice, TypeError for a dtype that is no plain float, NonFiniteError for NaN or
     infinite values (fp64 values beyond fp32's range included).
@@ -77,7 +80,9 @@ def quantize_tensor(
         parts = slices(flat, device, slice_size)
         amax = _amax(parts, flat, key)
         scale = amax_to_scale(torch.tensor(amax), float8, scaler)
-        codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device) if out is None else out[: flat.numel()]
+        home = flat.device if bring_back or slice_size < flat.numel() else device
+        given = out is not None and out.device == home
+        codes = out[: flat.numel()] if given else torch.empty(flat.shape, dtype=torch.uint8, device=home)
         errors = []
         for start, part in parts:
             target = codes[start : start + part.numel()]
@@ -108,10 +113,10 @@ def finish(
     amax: float,
     error: ErrorStatistics | None,
 ) -> QuantizedTensor:
-    """Codes and scale in x's shape and on its device; samples for the statistics."""
+    """Codes and scale on the codes' device, in x's shape; samples for the statistics."""
     if error is not None:
         error = replace(error, samples=_samples(flat, codes, scale))
-    return QuantizedTensor(codes.reshape(x.shape).to(x.device), scale.to(x.device), amax, error)
+    return QuantizedTensor(codes.reshape(x.shape), scale.to(codes.device), amax, error)
 
 
 def dequantize_tensor(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -147,7 +152,12 @@ def _count_nonfinite(flat: torch.Tensor) -> tuple[int, int]:
     return int(values.isnan().sum()), int(values.isinf().sum())
 
 
+@lru_cache(maxsize=64)
+def _sample_index(count: int) -> torch.Tensor:
+    return torch.tensor(evenly_spaced(count), dtype=torch.int64)
+
+
 def _samples(flat: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[tuple[float, float], ...]:
-    index = torch.tensor(evenly_spaced(flat.numel()), dtype=torch.int64, device=flat.device)
+    index = _sample_index(flat.numel())
     some_codes = codes.view(torch.uint8)[index].cpu().view(codes.dtype)
     return tuple(zip(flat[index].cpu().float().tolist(), dequantize_tensor(some_codes, scale).tolist(), strict=True))

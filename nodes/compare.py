@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from comfy_api.latest import io, ui
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
@@ -92,7 +93,7 @@ class StochasticFP8Compare(io.ComfyNode):
         chosen = [names[i] for i in evenly_spaced(len(names), most_layers)]
         progress = Progress()
         result = comparison.compare_roundings(
-            weights(network, chosen, in_graph.compute_device(device, network)),
+            weights(network, chosen, _with_float64(in_graph.compute_device(device, network))),
             scaling=scaling,
             seed=seed,
             source=type(model.model).__name__,
@@ -103,6 +104,11 @@ class StochasticFP8Compare(io.ComfyNode):
         progress(len(chosen), len(chosen), "")
         image = to_image(comparison_figure(result, width=width, height=height))
         return io.NodeOutput(image, comparison.to_markdown(result), ui=ui.PreviewImage(image, cls=cls))
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    """Where errors can be compared: Apple's GPUs have no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def weights(network: Network, names: list[str], device) -> Iterator[tuple]:

@@ -13,7 +13,7 @@ from ..kernels.calibration.calibrated import calibration_notes, check_calibratio
 from ..kernels.calibration.data import Calibration
 from ..kernels.checkpoint.layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from ..kernels.checkpoint.presets import TEXT_ENCODER
-from ..kernels.devices import to_device, to_gpu_if_it_fits
+from ..kernels.devices import to_device
 from ..kernels.rounding import CALIBRATED
 from ..kernels.version import VERSION
 from .models import Part
@@ -131,10 +131,10 @@ def nothing_to_quantize(report: Report) -> ModelError:
 def _quantize(
     network: Network, name: str, recipe: Recipe, device: torch.device, calibration: Calibration | None
 ) -> QuantizedTensor:
-    """The codes lie on the device, if it has the room."""
+    """The codes lie on the device that made them."""
     start = network.tensor(name).device if network.is_plain(name) else device
-    weight = to_gpu_if_it_fits(narrow(network.value(name, start)), device)
-    return quantize_weight(weight, name, recipe, calibration, device=device)
+    weight = narrow(network.value(name, start))
+    return quantize_weight(weight, name, recipe, calibration, device=device, bring_back=False)
 
 
 def _scaled_weight(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
 import torch
 
 from ..error import ErrorStatistics, Scratch, measure, merge
@@ -17,7 +18,7 @@ class Arithmetic:
 
     def __init__(self, count: int, task: Task, blocks: int, statistics: bool):
         self.task = task
-        self.saturates = bool(torch.tensor(task.amax) / task.scale > task.format.max)
+        self.saturates = bool(np.float32(task.amax) / np.float32(task.scale.item()) > task.format.max)
         self.words = Words(task.stream, blocks, min(LANE, count))
         size = 2 * blocks * min(LANE, count)
         self.scaled = torch.empty(size)

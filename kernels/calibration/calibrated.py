@@ -53,7 +53,7 @@ def calibrate_tensor(
     codes, scale, output_error = calibrate(flat.reshape(x.shape), scale, calibration, float8, search_scale=searching)
     codes = codes.reshape(-1)
     error = _measure(flat, codes.view(torch.uint8), scale, amax, float8) if statistics else None
-    return replace(finish(x, flat, codes, scale, amax, error), output_error=output_error)
+    return replace(finish(x, flat, codes.to(x.device), scale, amax, error), output_error=output_error)
 
 
 def quantize_weight(
@@ -64,10 +64,11 @@ def quantize_weight(
     *,
     statistics: bool = True,
     device: torch.device | str | None = None,
-    out: torch.Tensor | None = None,
+    **memory,
 ) -> QuantizedTensor:
     """One layer's weight as the recipe says. Calibrated rounding falls back to nearest where the calibration never
-    saw the layer, or saw one of another width. out: as quantize_tensor's; unused by calibrated rounding.
+    saw the layer, or saw one of another width. memory: quantize_tensor's `out` and
+    `bring_back`, which calibrated rounding has no use for.
 
     Raises as quantize_tensor, and CalibrationError where the recipe needs a calibration and there is none.
     """
@@ -75,10 +76,10 @@ def quantize_weight(
     choices = {"format": recipe.format, "scaling": recipe.scaling}
     choices |= {"key": key, "statistics": statistics, "device": device}
     if recipe.rounding != CALIBRATED.name:
-        return quantize_tensor(x, rounding=recipe.rounding, seed=recipe.seed, out=out, **choices)
+        return quantize_tensor(x, rounding=recipe.rounding, seed=recipe.seed, **choices, **memory)
     layer = calibration.layer_of(key, x)
     if layer is None:
-        return quantize_tensor(x, rounding="nearest", out=out, **choices)
+        return quantize_tensor(x, rounding="nearest", **choices, **memory)
     return calibrate_tensor(x, layer, **choices)
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..calibration.calibrated import calibration_notes, check_calibration, input
 from ..calibration.data import Calibration, load_calibration
 from ..calibration.output_error import OutputError
 from ..choices import choose
-from ..devices import copy, to_gpu_if_it_fits
+from ..devices import copy
 from ..error import ErrorStatistics
 from ..formats import FORMATS
 from ..quantize import NonFiniteError, QuantizedTensor, dequantize_tensor
@@ -45,6 +46,9 @@ NONFINITE = {
     "error": "stop, and name every tensor with NaN or infinite values",
     "keep": "leave such a tensor as it is, and list it",
 }
+
+SMALL = 1 << 20
+"""Bytes of a tensor that is read and written sooner than it is handed over to another thread."""
 
 Progress = Callable[[int, int, str], None]
 """progress(bytes done, bytes in all, tensor key); an exception raised in it cancels the job and leaves nothing."""
@@ -321,11 +325,11 @@ class _Job:
             loaded = self.load_ahead(reader, [name for name in order if name in quantized])
             buffers = _two_buffers(max(math.prod(self.source.tensors[name].shape) for name in quantized))
             for name in order:
-                key = self.selection.tensor_key(name)
+                key, nbytes = self.selection.tensor_key(name), self.source.tensors[copies.get(name, name)].nbytes
                 tell(done, key)
-                done += self.source.tensors[copies.get(name, name)].nbytes
+                done += nbytes
                 if name in copies:
-                    writing_thread.run(writer.copy, name, self.source, copies[name])
+                    writing_thread.run(writer.copy, name, self.source, copies[name], here=nbytes < SMALL)
                     continue
                 buffer = next(buffers)
                 try:
@@ -335,7 +339,7 @@ class _Job:
                     continue
                 results[name] = _Result(q.amax, q.scale.item(), q.error, q.output_error)
                 observe(len(results), len(quantized), q.error)
-                writing_thread.run(_write_layer, writer, name, q, scale_names[name], buffer)
+                writing_thread.run(_write_layer, writer, name, q, scale_names[name], buffer, here=nbytes < SMALL)
             writing_thread.wait()
         if nonfinite:
             raise fault(self.source.path, _nonfinite_text(nonfinite))
@@ -344,11 +348,10 @@ class _Job:
     def _quantize(
         self, x: torch.Tensor, key: str, device: torch.device | str | None, statistics: bool, buffer: torch.Tensor
     ) -> QuantizedTensor:
-        """The codes stay on the device, or lie in the buffer."""
+        """The codes lie on the device that made them, or in the buffer."""
         recipe = self.recipe
-        x = to_gpu_if_it_fits(x, torch.device(device or x.device))
-        out = buffer if x.device == buffer.device else None
-        q = quantize_weight(x, key, recipe, self.calibration, statistics=statistics, device=device, out=out)
+        choices = {"statistics": statistics, "device": device, "out": buffer, "bring_back": False}
+        q = quantize_weight(x, key, recipe, self.calibration, **choices)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", trace(key, x, q, rounding=recipe.rounding, seed=recipe.seed))
         return q
@@ -358,10 +361,12 @@ class _Job:
         scratch = _two_buffers(max(self.source.tensors[name].nbytes for name in names))
         following = None
         for name in names:
-            current, following = following, reader.submit(self._load, name, next(scratch))
+            load = partial(self._load, name, next(scratch))
+            small = self.source.tensors[name].nbytes < SMALL
+            current, following = following, load if small else reader.submit(load).result
             if current:
-                yield current.result()
-        yield following.result()
+                yield current()
+        yield following()
 
     def _load(self, name: str, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """A weight to quantize; FP8 is widened to a dtype that holds its values."""

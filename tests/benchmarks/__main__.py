@@ -33,7 +33,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (title, _) in SECTIONS.items():
         parser.add_argument(f"--{name}", action="store_true", help=title)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="the best of N counts; default: 5")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of N rounds the best counts, for whole files the median; default: 5",
+    )
     parser.add_argument("--save", action="store_true", help=f"write the sections into {RESULTS.name}")
     options = parser.parse_args()
     chosen = [name for name in SECTIONS if getattr(options, name)] or ["cpu", "files", "calibration"]

@@ -64,24 +64,24 @@ def duration(seconds):
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def interleaved(contestants, rounds):
-    """The best time of each: name -> function in, name -> seconds out. Each round runs everyone once.
+def interleaved(contestants, rounds, of=min):
+    """The time of each: name -> function in, name -> seconds out, the best of all rounds or what `of` makes of them.
 
-    A function may return its own seconds. One that raises Absent is absent: its entry is the exception.
+    Each round runs everyone once. A function may return its own seconds. One that raises Absent is absent: its entry is
+    the exception.
     """
-    best = {}
+    seconds, absent = {name: [] for name in contestants}, {}
     for _ in range(rounds):
         for name, run in contestants.items():
-            if isinstance(best.get(name), Absent):
+            if name in absent:
                 continue
             try:
                 start = time.perf_counter()
                 own = run()
-                seconds = own if isinstance(own, float) else time.perf_counter() - start
-                best[name] = min(seconds, best.get(name, seconds))
+                seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
             except Absent as reason:
-                best[name] = reason
-    return best
+                absent[name] = reason
+    return {name: absent[name] if name in absent else of(seconds[name]) for name in contestants}
 
 
 def in_child(job, *arguments):

@@ -4,7 +4,8 @@
         entry = server.queue(prompt)          # the prompt in API format
         images = server.files(entry)
 
-Uses the ComfyUI that tests/environment.py built, or the one that COMFYUI_DIR and COMFYUI_PYTHON name.
+Uses the ComfyUI that tests/environment.py built, or the one that COMFYUI_DIR and COMFYUI_PYTHON name. It computes on
+the CPU, unless COMFYUI_DEVICE is "gpu".
 """
 
 import asyncio
@@ -92,6 +93,7 @@ class ComfyUIServer:
         self.base = Path(base)
         self.log_file = self.base / "comfyui.log"
         self.version = comfyui_version()
+        self.on_cpu = os.environ.get("COMFYUI_DEVICE") != "gpu"
         self.port = None
         self._arguments = tuple(arguments)
         self._environment = environment or {}
@@ -149,7 +151,8 @@ class ComfyUIServer:
         (self.base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(settings))
 
     def _launch(self):
-        command = [comfyui_python(), "main.py", "--cpu", "--listen", HOST, "--port", self.port]
+        command = [comfyui_python(), "main.py", "--listen", HOST, "--port", self.port]
+        command += ["--cpu"] * self.on_cpu
         command += ["--disable-auto-launch", "--disable-api-nodes", "--base-directory", self.base]
         command += ["--database-url", f"sqlite:///{self.base}/user/comfyui.db", *self._arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

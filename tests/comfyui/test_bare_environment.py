@@ -1,5 +1,7 @@
 """A ComfyUI without matplotlib and Triton: the pack loads, works, and says what is missing where it is needed."""
 
+import os
+
 import pytest
 from comfyui.graph import Graph
 from comfyui.pack import Bench, quantize, save
@@ -15,7 +17,7 @@ def bare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("missing")
     for package in MISSING:
         (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('none here', name={package!r})\n")
-    environment = {"PYTHONPATH": str(folder)}
+    environment = {"PYTHONPATH": os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))}
     with ComfyUIServer(
         tmp_path_factory.mktemp("bare"), arguments=["--disable-metadata"], environment=environment
     ) as server:

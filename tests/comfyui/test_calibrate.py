@@ -68,8 +68,9 @@ def test_what_is_observed_is_what_flows(bench):
     name = saved_calibration(bench, graph, calibrate(graph, *landscape(graph, "dusk"), steps=1), "known")
     layer = load_calibration(path_of(bench, name)).layers["context_embedder.weight"]
     prompt = load_file(LANDSCAPES.parent / "tiny_conditioning.safetensors")["dusk.cond"][0].double()
-    torch.testing.assert_close(layer.moment()[0].double(), prompt.T @ prompt / 16, rtol=1e-3, atol=1e-4)
-    assert layer.amax == pytest.approx(prompt.abs().max().item(), rel=1e-3)
+    tolerance = 1e-3 if bench.exact else 2e-2
+    torch.testing.assert_close(layer.moment()[0].double(), prompt.T @ prompt / 16, rtol=tolerance, atol=tolerance / 10)
+    assert layer.amax == pytest.approx(prompt.abs().max().item(), rel=tolerance)
 
 
 def test_of_many_pictures_at_once_a_part_is_recorded(bench):
@@ -96,6 +97,8 @@ def test_calibrating_samples_as_the_sampler_does_and_leaves_nothing(bench):
 
 def observed(bench, share=None, lora=None):
     """What the layers saw over two steps, by a model of which a share is loaded: (layers, how it was loaded)."""
+    if share is not None and bench.new and not bench.exact:
+        pytest.skip("with dynamic VRAM there is no partial load: every weight is fetched for its call")
     bench.server.free()
     graph = Graph()
     scene, latent = landscape(graph)
