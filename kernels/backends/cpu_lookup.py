@@ -54,7 +54,7 @@ class Lookup:
         """Write the codes of one chunk, which begins at `first_block`, to `target`."""
         n, table = source.numel(), self.table
         index, entries, sums = self.index[:n], self.entries[:n], self.sums[:n]
-        index.copy_(source.view(torch.int16)).bitwise_and_(VALUES - 1)
+        index.copy_(source.view(torch.uint16))
         if table.task.rounding.stochastic:
             torch.index_select(table.entries, 0, index, out=entries)
             self._add_words(first_block, -(-n // BLOCK))
