@@ -145,7 +145,7 @@ def measure(
 ) -> ErrorStatistics:
     """The statistics, without samples, of some numbers; each counted `counts` times.
 
-    original: fp32 or fp64 (n,), finite, in which the errors are computed before they are summed in fp64.
+    original: fp32 or fp64 (n,), n <= 2^24, finite, in which the errors are computed before they are summed in fp64.
     codes: uint8 (n,). positions: int32 (n,), the unsigned code-space positions with 16 fraction bits, unsaturated;
     overwritten. counts: int64 (n,) or None for once each. scratch: of original's dtype and device, n or more long.
     """
@@ -165,8 +165,8 @@ def measure(
     sum_squared_error = _sum(torch.mul(error, error, out=terms), counts)
     sum_squared = _sum(torch.mul(original, original, out=terms), counts)
     step_bins = _step_bins(code, positions, sign)
-    beyond = positions.sub_(format.max_code << FRACTION_BITS)
-    saturated = _count_nonzero(beyond.clamp_(min=0), counts, terms) if beyond.max() > 0 else 0
+    last = format.max_code << FRACTION_BITS
+    saturated = _count_nonzero(positions.sub_(last).clamp_(min=0), counts, terms) if positions.max() > last else 0
     relative_bins = _relative_bins(torch.div(error, amax or 1.0, out=terms))
     bins = step_bins.mul_(RELATIVE_BINS).add_(relative_bins)
     histogram = torch.bincount(bins, counts, STEP_BINS * RELATIVE_BINS).reshape(STEP_BINS, RELATIVE_BINS).long()
@@ -219,8 +219,8 @@ def _sum(x: torch.Tensor, counts: torch.Tensor | None) -> float:
 def _count_nonzero(x: torch.Tensor, counts: torch.Tensor | None, scratch: torch.Tensor) -> int:
     if counts is not None:
         return int(counts[x != 0].sum())
-    # Comparisons are several times as fast written as floats as they are as bool; fp32 counts exactly below 2^24.
-    return sum(int(part.sum()) for part in torch.ne(x, 0, out=scratch).split(1 << 23))
+    # Comparisons are several times as fast written as floats as they are as bool; fp32 counts exactly up to 2^24.
+    return int(torch.ne(x, 0, out=scratch).sum())
 
 
 def evenly_spaced(n: int, limit: int = SAMPLES) -> list[int]:

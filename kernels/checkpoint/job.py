@@ -351,7 +351,8 @@ class _Job:
         """The codes lie on the device that made them, or in the buffer."""
         recipe = self.recipe
         choices = {"statistics": statistics, "device": device, "out": buffer, "bring_back": False}
-        q = quantize_weight(x, key, recipe, self.calibration, **choices)
+        with torch.inference_mode():  # in which small operations cost less
+            q = quantize_weight(x, key, recipe, self.calibration, **choices)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", trace(key, x, q, rounding=recipe.rounding, seed=recipe.seed))
         return q
