@@ -65,8 +65,8 @@ def quantize_tensor(
     key: the tensor key (bare ComfyUI layer name + ".weight"), which with the seed decides the random words.
     device: where to compute, as far as its memory goes; the result returns to x's device. Default: where x is.
     out: memory for codes on x's device, uint8 (x.numel() or more,). Default: memory of their own, which costs more,
-    since the operating system clears every page. bring_back: False leaves the result on the device that computed it, if
-    it has the memory for it, so that it can be fetched while the next tensor is computed.
+    since the operating system clears every page. bring_back: False leaves the result on the GPU that computed it, if it
+    has the memory for all of it, so that it can be fetched while the next tensor is computed.
 
     Raises ValueError for an unknown choice, TypeError for a dtype that is no plain float, NonFiniteError for NaN or
     infinite values (fp64 values beyond fp32's range included).
@@ -80,7 +80,8 @@ def quantize_tensor(
         parts = slices(flat, device, slice_size)
         amax = _amax(parts, flat, key)
         scale = amax_to_scale(torch.tensor(amax), float8, scaler)
-        home = flat.device if bring_back or slice_size < flat.numel() else device
+        stays = not bring_back and device.type == "cuda" and slice_size >= flat.numel()
+        home = device if stays else flat.device
         given = out is not None and out.device == home
         codes = out[: flat.numel()] if given else torch.empty(flat.shape, dtype=torch.uint8, device=home)
         errors = []
