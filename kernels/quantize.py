@@ -131,7 +131,7 @@ def dequantize_tensor(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dty
 def _flat(x: torch.Tensor, key: str) -> torch.Tensor:
     if x.dtype not in SOURCE_DTYPES:
         raise TypeError(_dtype_error(x, key))
-    return x.detach().reshape(-1)
+    return x.detach().reshape(-1).contiguous()  # reshape leaves a strided vector as it is
 
 
 def _amax(parts: Iterable[tuple[int, torch.Tensor]], flat: torch.Tensor, key: str) -> float:

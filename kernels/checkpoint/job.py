@@ -463,7 +463,8 @@ def _opened(calibration: Calibration | str | os.PathLike | None) -> Calibration 
 
 def _two_buffers(nbytes: int) -> Iterator[torch.Tensor]:
     """In turns: while one is worked on, the other is filled or emptied."""
-    return cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)])
+    with torch.inference_mode(False):  # which each thread is in, or not, for itself
+        return cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)])
 
 
 def _write_layer(writer: Writer, name: str, q: QuantizedTensor, scale_name: str, buffer: torch.Tensor) -> None:

@@ -136,6 +136,15 @@ def test_codes_go_to_the_memory_that_is_offered():
     assert memory[300] == 0xFF
 
 
+@pytest.mark.parametrize("view", [lambda x: x[::2], lambda x: x[:1].expand(50), lambda x: x.reshape(1, -1)[:, ::4]])
+def test_backends_get_contiguous_memory(monkeypatch, view):
+    """The GPU's kernels go by the address alone."""
+    seen = []
+    monkeypatch.setattr(quantize, "slices", lambda flat, *rest: seen.append(flat) or slices(flat, *rest))
+    quantize_tensor(view(torch.randn(200)), key="w")
+    assert [flat.is_contiguous() for flat in seen] == [True]
+
+
 def test_background_work_is_done_one_by_one_and_in_order():
     done, first_may_end = [], threading.Event()
 
