@@ -7,7 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Background:
-    """One task at a time in a thread of its own; what it raises comes out of the next call. A context manager."""
+    """One task at a time in a thread of its own; what it raises comes out of the next call.
+
+    A context manager, which ends after the last task.
+    """
 
     def __init__(self, name: str):
         self._pool = ThreadPoolExecutor(1, name)
@@ -30,5 +33,9 @@ class Background:
     def __enter__(self) -> Background:
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._pool.shutdown()
+    def __exit__(self, exception_type, *exception) -> None:
+        try:
+            if exception_type is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
+import comfy.model_management
 import torch
 
 from ..kernels import KeptTensor, LayerReport, NonFiniteError, QuantizedTensor, Recipe, Report
@@ -19,6 +20,9 @@ from ..kernels.version import VERSION
 from .models import Part
 from .networks import ModelError, Network, ScaledWeight, narrow
 from .progress import Progress
+
+ROOM = 3
+"""Times the largest weight: one is rounded while the codes of the one before are fetched, and some to spare."""
 
 
 def compute_device(choice: str, network: Network) -> torch.device:
@@ -57,6 +61,7 @@ def quantize_network(
     layers, nonfinite = [], []
     total = sum(network.info(name).nbytes for name in selection.quantize)
     done = 0
+    _make_room(device, ROOM * max((network.info(name).nbytes for name in selection.quantize), default=0))
     with Background("fetch") as fetching:
         for name in selection.quantize:
             progress(done, total, name)
@@ -69,7 +74,6 @@ def quantize_network(
             layers.append(_layer_report(network, name, q))
             progress.observe(len(layers), len(selection.quantize), q.error)
             fetching.run(_bring_home, weights, name, _scaled_weight(network, name, q, recipe, calibration))
-        fetching.wait()
     progress(total, total, "")
     if nonfinite and recipe.nonfinite == "error":
         raise ModelError(_nonfinite_text(nonfinite))
@@ -131,10 +135,16 @@ def nothing_to_quantize(report: Report) -> ModelError:
 def _quantize(
     network: Network, name: str, recipe: Recipe, device: torch.device, calibration: Calibration | None
 ) -> QuantizedTensor:
-    """The codes lie on the device that made them."""
+    """The codes lie on the NVIDIA GPU that made them, if it had the memory for the whole weight."""
     start = network.tensor(name).device if network.is_plain(name) else device
     weight = narrow(network.value(name, start))
     return quantize_weight(weight, name, recipe, calibration, device=device, bring_back=False)
+
+
+def _make_room(device: torch.device, nbytes: int) -> None:
+    """Let ComfyUI unload models that are in the way, if there are any."""
+    if device.type != "cpu":
+        comfy.model_management.free_memory(nbytes, device)
 
 
 def _scaled_weight(

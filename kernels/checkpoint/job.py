@@ -336,11 +336,11 @@ class _Job:
                     q = self._quantize(next(loaded), key, device, statistics, buffer)
                 except NonFiniteError as error:
                     nonfinite.append(error)
+                    writing_thread.wait()  # the next one gets the buffer that it writes from
                     continue
                 results[name] = _Result(q.amax, q.scale.item(), q.error, q.output_error)
                 observe(len(results), len(quantized), q.error)
                 writing_thread.run(_write_layer, writer, name, q, scale_names[name], buffer, here=nbytes < SMALL)
-            writing_thread.wait()
         if nonfinite:
             raise fault(self.source.path, _nonfinite_text(nonfinite))
         return results

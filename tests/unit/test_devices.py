@@ -172,3 +172,15 @@ def test_an_error_in_the_background_comes_out():
 def test_a_tensor_that_is_there_already_is_not_copied():
     x = torch.ones(3, 4)
     assert to_device(x, CPU) is x
+
+
+def test_leaving_waits_for_the_last_task_and_says_what_it_raised():
+    done = []
+    with Background("test") as background:
+        background.run(done.append, 1)
+    assert done == [1]
+    with pytest.raises(ValueError, match="invalid literal"), Background("test") as background:
+        background.run(int, "x")
+    with pytest.raises(KeyError), Background("test") as background:
+        background.run(int, "x")
+        raise KeyError("the first fault counts")
