@@ -63,18 +63,20 @@ def quantize_tensor(
     scale 1; -0.0 keeps its sign; values beyond the format's range saturate (only with scaling "none").
     format, rounding, scaling: keys of FORMATS, ROUNDINGS, SCALINGS. seed: 0..2^64-1.
     key: the tensor key (bare ComfyUI layer name + ".weight"), which with the seed decides the random words.
-    device: where to compute, as far as its memory goes; the result returns to x's device. Default: where x is.
-    out: memory for codes on x's device, uint8 (x.numel() or more,). Default: memory of their own, which costs more,
-    since the operating system clears every page. bring_back: False leaves the result on the GPU that computed it, if it
-    has the memory for all of it, so that it can be fetched while the next tensor is computed.
+    device: where to compute, as far as its memory goes; the result returns to x's device, unless bring_back is False.
+    Default: where x is.
+    out: memory for codes on x's device, contiguous uint8 (x.numel() or more,). Default: memory of their own, which
+    costs more, since the operating system clears every page. bring_back: False leaves the result on the GPU that
+    computed it, if it has the memory for all of it, so that it can be fetched while the next tensor is computed.
 
-    Raises ValueError for an unknown choice, TypeError for a dtype that is no plain float, NonFiniteError for NaN or
-    infinite values (fp64 values beyond fp32's range included).
+    Raises ValueError for an unknown choice or memory that does not do, TypeError for a dtype that is no plain float,
+    NonFiniteError for NaN or infinite values (fp64 values beyond fp32's range included).
     """
     float8 = choose(FORMATS, format, "format")
     method = choose(ROUNDINGS, rounding, "rounding")
     scaler = choose(SCALINGS, scaling, "scaling")
     flat, stream = _flat(x, key), stream_key(seed, rounding, key)
+    _check_memory(out, flat, key)
 
     def quantize(device: torch.device, slice_size: int) -> QuantizedTensor:
         parts = slices(flat, device, slice_size)
@@ -132,6 +134,17 @@ def _flat(x: torch.Tensor, key: str) -> torch.Tensor:
     if x.dtype not in SOURCE_DTYPES:
         raise TypeError(_dtype_error(x, key))
     return x.detach().reshape(-1).contiguous()  # reshape leaves a strided vector as it is
+
+
+def _check_memory(out: torch.Tensor | None, flat: torch.Tensor, key: str) -> None:
+    if out is None:
+        return
+    fits = out.dtype == torch.uint8 and out.ndim == 1 and out.is_contiguous() and len(out) >= flat.numel()
+    if not fits or out.device != flat.device:
+        raise ValueError(
+            f"the memory for the codes of tensor '{key}' is {out.dtype} {tuple(out.shape)} on {out.device}; give "
+            f"contiguous torch.uint8 ({flat.numel()} or more,) on {flat.device}"
+        )
 
 
 def _amax(parts: Iterable[tuple[int, torch.Tensor]], flat: torch.Tensor, key: str) -> float:

@@ -136,6 +136,22 @@ def test_codes_go_to_the_memory_that_is_offered():
     assert memory[300] == 0xFF
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        torch.empty(299, dtype=torch.uint8),
+        torch.empty(300, dtype=torch.int8),
+        torch.empty((30, 10), dtype=torch.uint8),
+        torch.empty(600, dtype=torch.uint8)[::2],
+        torch.empty(300, dtype=torch.uint8, device="meta"),
+    ],
+    ids=["too small", "of another dtype", "of another shape", "strided", "elsewhere"],
+)
+def test_memory_that_does_not_do_is_an_error_that_names_the_tensor(memory):
+    with pytest.raises(ValueError, match=r"codes of tensor 'w' is .*give contiguous torch.uint8 \(300 or more,\)"):
+        quantize_tensor(torch.randn(30, 10), key="w", out=memory)
+
+
 @pytest.mark.parametrize("view", [lambda x: x[::2], lambda x: x[:1].expand(50), lambda x: x.reshape(1, -1)[:, ::4]])
 def test_backends_get_contiguous_memory(monkeypatch, view):
     """The GPU's kernels go by the address alone."""
