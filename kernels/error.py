@@ -25,6 +25,9 @@ Unchanged values are not in it: they are counted in `exact`."""
 
 _ADDED = ("count", "sum_error", "sum_squared_error", "sum_squared", "saturated", "flushed", "exact")
 
+SQUARES_FIT = 1e-12, 1e15
+"""Of weights whose amax lies between these, sums of squares and of squared errors fit into fp32; of 0 they do, too."""
+
 SAMPLES = 128
 """How many (original, dequantized) pairs a tensor keeps for scatter plots: a few kB, for the sake of 10,000 layers."""
 
@@ -125,6 +128,11 @@ def relative_bin_edges() -> list[float]:
     return [2.0 ** (i // 2 - RELATIVE_OCTAVES) * (1 + i % 2 / 2) for i in range(RELATIVE_BINS + 1)]
 
 
+def squares_fit(amax: float) -> bool:
+    """Whether fp32 holds the sums that error statistics are made of."""
+    return not amax or SQUARES_FIT[0] <= amax <= SQUARES_FIT[1]
+
+
 class Scratch:
     """Buffers for `measure`, reused from chunk to chunk: fresh memory would cost several times the arithmetic."""
 
@@ -145,13 +153,16 @@ def measure(
 ) -> ErrorStatistics:
     """The statistics, without samples, of some numbers; each counted `counts` times.
 
-    original: fp32 or fp64 (n,), n <= 2^24, finite, in which the errors are computed before they are summed in fp64.
+    original: fp32 or fp64 (n,), n <= 2^24, finite, in which the errors are computed before they are summed in fp64;
+    fp32 is widened if it is out of reach of fp32's squares.
     codes: uint8 (n,). positions: int32 (n,), the unsigned code-space positions with 16 fraction bits, unsaturated;
     overwritten. counts: int64 (n,) or None for once each. scratch: of original's dtype and device, n or more long.
     """
     n = len(original)
     if not n:
         return ErrorStatistics(amax=amax)
+    if original.dtype == torch.float32 and not squares_fit(amax):
+        original, scratch = original.double(), None
     scratch = scratch or Scratch(n, original.dtype, original.device)
     code, sign = (buffer[:n] for buffer in scratch.integers)
     dequantized, error, terms = (buffer[:n] for buffer in scratch.floats)

@@ -34,8 +34,8 @@ class Table:
         else:
             self.entries = round_to_codes(self.scaled, None, task.format, task.rounding)
 
-    def codes(self, values: torch.Tensor, carried: bool) -> torch.Tensor:
-        """The codes, uint8, of some values whose words carried into the code (or borrowed from it), or did not."""
+    def codes(self, values: torch.Tensor, carried: int) -> torch.Tensor:
+        """The codes, uint8, of some values whose words carried 1 into the code (or borrowed it), or 0."""
         if not self.task.rounding.stochastic:
             return self.entries[values]
         step = -1 if self.task.rounding.complements_words else 1
@@ -78,8 +78,8 @@ class Lookup:
         return merge(_measure(table, counts, carried) for carried, counts in enumerate(counts.view(2, VALUES)))
 
 
-def _measure(table: Table, counts: torch.Tensor, carried: bool) -> ErrorStatistics:
-    """Statistics of all elements whose words carried, or of all others. counts: int64 (VALUES,)."""
+def _measure(table: Table, counts: torch.Tensor, carried: int) -> ErrorStatistics:
+    """Statistics of all elements whose words carried 1, or 0. counts: int64 (VALUES,)."""
     task, values = table.task, counts.nonzero().squeeze(1)
     positions = code_positions(table.scaled[values], task.format, FRACTION_BITS)
     original, codes = table.values[values].double(), table.codes(values, carried)

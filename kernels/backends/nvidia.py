@@ -9,9 +9,10 @@ from functools import cache
 
 import torch
 
-from ..error import RELATIVE_BINS, STEP_BINS, ErrorStatistics
+from ..error import RELATIVE_BINS, STEP_BINS, ErrorStatistics, squares_fit
 from ..formats import Float8Format
 from ..random_bits import BLOCK, LANE
+from . import reference
 from .task import Task
 
 AMAX_TILE_BYTES, AMAX_WARPS, AMAX_PROGRAMS = 1 << 15, 8, 4
@@ -67,6 +68,8 @@ def tensor_to_amax(flat: torch.Tensor) -> float:
 def round_tensor(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
     """See backends.Backend."""
     with _current(flat.device):
+        if statistics and not squares_fit(task.amax):
+            return reference.round_tensor(flat, codes, task, statistics)
         if statistics:
             return _round_and_measure(flat, codes, task)
         return _round(flat, codes, task)

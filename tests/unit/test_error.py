@@ -113,6 +113,27 @@ def test_counting_gives_what_measuring_gives(monkeypatch, rounding, dtype, scali
     assert difference <= 1e-4 * counted.count
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_huge_weights_have_the_ratios_of_usual_ones(dtype):
+    """Their squares are beyond fp32, which ends at 2^128."""
+    x = weights(20_000, dtype)
+    usual, extreme = (quantize_tensor(x * by, key="w", statistics=True).error for by in (1, 2.0**100))
+    assert extreme.rmse == pytest.approx(2.0**100 * usual.rmse, rel=1e-5)
+    assert extreme.sqnr == pytest.approx(usual.sqnr, abs=1e-4)
+    assert extreme.relative_rmse == pytest.approx(usual.relative_rmse, rel=1e-5)
+    assert extreme.step_histogram == usual.step_histogram
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_of_tiny_weights_nothing_is_left(dtype):
+    """The smallest scale makes zeros of them all, and their squares are below fp32, which begins at 2^-149."""
+    x = weights(20_000, dtype) * 2.0**-90
+    error = quantize_tensor(x, key="w", statistics=True).error
+    assert error.rmse == error.rms == pytest.approx(float(x.double().square().mean().sqrt()), rel=1e-5)
+    assert error.sqnr == 0
+    assert error.flushed == x.count_nonzero()
+
+
 def test_merging_the_halves_gives_the_whole():
     x, half = weights(), 100_000
     q = quantize_tensor(x, statistics=True, rounding="nearest")

@@ -70,6 +70,15 @@ def test_the_bytes_are_the_references(dtype, format, rounding):
         assert torch.equal(codes, expected), scaling
 
 
+@pytest.mark.parametrize("factor", [2.0**90, 2.0**-90])
+def test_statistics_of_weights_whose_squares_fp32_cannot_hold(factor):
+    x = weights(3000, "float32") * factor
+    (codes, error), (expected, _) = both(x, "float8_e4m3fn", "stochastic", statistics=True)
+    assert torch.equal(codes, expected)
+    assert error.sum_squared == pytest.approx(float((x.double() ** 2).sum()), rel=1e-6)
+    assert error.sum_squared_error > 0
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 1023, 65537, 131072 + 3])
 def test_the_bytes_are_the_references_at_any_size(n):
     (codes, _), (expected, _) = both(weights(n), "float8_e4m3fn", "stochastic", seed=2**64 - 1)
