@@ -28,6 +28,9 @@ TILE = 256
 MOST_INPUTS = 1 << 20
 """No Linear layer is wider; a file that says so is damaged."""
 
+GOLDEN_SECTION = (5**0.5 - 1) / 2
+"""Its multiples fall evenly into 0..1, however many there are."""
+
 METADATA_ENTRY = "stochastic_fp8_calibration"
 VERSION = 1
 
@@ -112,7 +115,7 @@ class Calibration:
 class Observer:
     """Gathers a calibration from the inputs of layers, call by call. The sums are kept on `device`.
 
-    most_rows: of a call with more rows only so many are taken, evenly spaced.
+    most_rows: of a call with more rows only so many are taken, evenly spaced, and others in the next call.
     """
 
     def __init__(self, device: torch.device | str = "cpu", most_rows: int | None = None):
@@ -136,32 +139,35 @@ class Observer:
             )
         if key not in self._sums:
             self._sums[key] = _Sums(rows.shape[1], self.device)
-        self._sums[key].add(_thin(rows, self.most_rows or len(rows)).float(), amax)
+        self._sums[key].add(rows, amax, self.most_rows or len(rows))
 
     def result(self, source: str = "") -> Calibration:
         """What was seen. The observer may not be used after that."""
         return Calibration({key: sums.result() for key, sums in self._sums.items()}, source)
 
 
-def _thin(rows: torch.Tensor, most: int) -> torch.Tensor:
-    """At most so many of them. An odd step goes through all columns of a picture, whose sides are mostly even."""
+def _thin(rows: torch.Tensor, most: int, call: int) -> torch.Tensor:
+    """At most so many of them, evenly spaced. With each call they begin elsewhere: the same places each time may be
+    a few columns of a picture."""
     step = -(-len(rows) // most)
-    return rows[:: step | 1]
+    return rows[int(step * (call * GOLDEN_SECTION % 1)) :: step]
 
 
 class _Sums:
     """One layer's running sums."""
 
     def __init__(self, width: int, device: torch.device | str):
-        self.width, self.rows, self.amax = width, 0, 0.0
+        self.width, self.rows, self.calls, self.amax = width, 0, 0, 0.0
         self.packed = torch.zeros(moment_size(width), device=device)
 
-    def add(self, x: torch.Tensor, amax: float) -> None:
+    def add(self, rows: torch.Tensor, amax: float, most_rows: int) -> None:
+        x = _thin(rows, most_rows, self.calls).float()
         blocks = x.reshape(len(x), block_count(self.width), -1).transpose(0, 1)
         for start, band in _bands(self.packed, self.width):
             left = blocks[:, :, start : start + band.shape[1]].mT
             band += (left @ blocks[:, :, start:]).to(band.device)
         self.rows += len(x)
+        self.calls += 1
         self.amax = max(self.amax, amax)
 
     def result(self) -> LayerCalibration:

@@ -90,14 +90,25 @@ def test_inputs_of_any_precision(dtype):
 
 
 def test_of_a_call_with_many_rows_some_are_taken_evenly():
-    """An odd step, so that it goes through all columns of a picture that is 8 wide."""
+    """Rows 0, 4, 8... of the first call; the largest value counts, taken or not."""
     x = torch.zeros(120, 16)
     x[torch.arange(120), torch.arange(120) % 8] = 1
     x[111, 15] = 9
     layer = observed(x, torch.ones(30, 16), most_rows=30).layers[KEY]
-    assert (layer.rows, layer.amax) == (24 + 30, 9)
-    taken = 54 * layer.moment()[0].diagonal() - 30
-    assert taken.tolist() == pytest.approx([3] * 8 + [0] * 8, abs=1e-4)
+    assert (layer.rows, layer.amax) == (30 + 30, 9)
+    taken = 60 * layer.moment()[0].diagonal() - 30
+    assert taken.tolist() == pytest.approx([15, 0, 0, 0] * 2 + [0] * 8, abs=1e-4)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 8])
+def test_over_many_calls_every_column_of_a_picture_is_taken(step):
+    """A picture 8 wide and as high: each column is a value of its own, and gets its share within a few calls."""
+    picture = torch.eye(8, 16).repeat(8, 1)
+    calls = 4 * step
+    layer = observed(*[picture] * calls, most_rows=-(-64 // step)).layers[KEY]
+    taken = layer.rows * layer.moment()[0].diagonal()[:8]
+    assert layer.rows == pytest.approx(64 * calls / step, abs=calls)
+    assert taken.tolist() == pytest.approx([layer.rows / 8] * 8, rel=0.5)
 
 
 def test_calls_without_rows_count_for_nothing():
