@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
 from ..kernels.checkpoint.layers import LAYERS
 from ..kernels.error import evenly_spaced
-from ..kernels.figures import comparison_figure, rounding_curve, to_image
+from ..kernels.figures import check_comparison_size, comparison_figure, rounding_curve, to_image
 from ..kernels.reports import comparison
 from ..kernels.reports.rounding_curve import measure_rounding
 from . import in_graph, models
@@ -87,6 +87,7 @@ class StochasticFP8Compare(io.ComfyNode):
     def execute(
         cls, model, scaling, layers, most_layers, seed=0, device="auto", width=1024, height=832, calibration=None
     ):
+        check_comparison_size(width, height, calibrated=calibration is not None)
         network = models.diffusion_network(model)
         network.check_source()
         names = in_graph.select(network, Recipe(layers=layers)).quantize

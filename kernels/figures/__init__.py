@@ -1,6 +1,6 @@
 """Reports as pictures: matplotlib Figures on the Agg canvas, the same pixels for the same report."""
 
-from .comparison import comparison_figure
+from .comparison import check_comparison_size, comparison_figure
 from .histogram import error_histogram
 from .image_sheet import image_sheet
 from .layer_report import layer_report
@@ -8,6 +8,7 @@ from .rounding_curve import rounding_curve
 from .style import save_png, to_image
 
 __all__ = [
+    "check_comparison_size",
     "comparison_figure",
     "error_histogram",
     "image_sheet",

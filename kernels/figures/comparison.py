@@ -17,6 +17,7 @@ from .style import (
     INK,
     ORANGE,
     RULE,
+    check_size,
     grid_area,
     house_style,
     new_figure,
@@ -42,7 +43,7 @@ def comparison_figure(comparison: Comparison, *, width: int = 1024, height: int 
     With a calibration a fourth above them: the error of the layers' outputs.
     """
     calibrated = comparison.calibration is not None
-    figure = new_figure(width, height, lowest=0.8 if calibrated else 0.7)
+    figure = new_figure(width, height, _lowest(calibrated))
     area = grid_area(figure, left=0.85, right=0.35, top=1.15, bottom=2.0 if calibrated else 1.35)
     panels = figure.add_gridspec(3 + calibrated, 1, hspace=0.5 if calibrated else 0.42, **area).subplots(sharex=True)
     rmse, bias, repeating = panels[-3:]
@@ -68,6 +69,15 @@ def comparison_figure(comparison: Comparison, *, width: int = 1024, height: int 
     )
     write_caption(figure, *recommendations(comparison), describe_unseen(comparison))
     return figure
+
+
+def check_comparison_size(width: int, height: int, *, calibrated: bool) -> None:
+    """Raises ValueError for pixels that comparison_figure would refuse, sooner than there is anything to draw."""
+    check_size(width, height, _lowest(calibrated))
+
+
+def _lowest(calibrated: bool) -> float:
+    return 0.8 if calibrated else 0.7
 
 
 def draw_output_errors(axes: Axes, comparison: Comparison) -> None:

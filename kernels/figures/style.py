@@ -70,20 +70,28 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def new_figure(width: int, height: int, lowest: float) -> Figure:
-    """An empty figure of width x height pixels on the Agg canvas.
+def check_size(width: int, height: int, lowest: float) -> None:
+    """Raises ValueError for a width outside NARROWEST..LARGEST_SIDE, or a height outside lowest * width..LARGEST_SIDE.
 
-    lowest: the least height, as a share of the width, at which nothing in this figure overlaps.
-    Raises ValueError for a width outside NARROWEST..LARGEST_SIDE, or a height outside lowest * width..LARGEST_SIDE.
+    width, height: pixels. lowest: see new_figure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not NARROWEST <= width <= LARGEST_SIDE:
         raise ValueError(f"figure width is {width} pixels: choose one from {NARROWEST} to {LARGEST_SIDE}")
     least = math.ceil(lowest * width)
     if not least <= height <= LARGEST_SIDE:
         raise ValueError(f"figure height is {height} pixels: at a width of {width} choose {least} to {LARGEST_SIDE}")
+
+
+def new_figure(width: int, height: int, lowest: float) -> Figure:
+    """An empty figure of width x height pixels on the Agg canvas.
+
+    lowest: the least height, as a share of the width, at which nothing in this figure overlaps.
+    Raises ValueError as check_size.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    check_size(width, height, lowest)
     # A hair more than the pixels, which the canvas rounds down.
     figure = Figure(figsize=(WIDTH_INCHES, WIDTH_INCHES * (height + 1e-3) / (width + 1e-3)))
     figure.set_dpi((width + 1e-3) / WIDTH_INCHES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import compress, product
 from statistics import median
 
 import torch
@@ -164,9 +164,10 @@ def recommend_for_outputs(comparison: Comparison) -> str:
         return ""
     if len(comparison.unseen) == len(comparison.keys):
         return "The calibration knows none of these layers, so it says nothing about them: is it another model's?"
+    seen = [key not in comparison.unseen for key in comparison.keys]
     outputs, weights = (
         {(trial.format, trial.rounding): median(values(trial)) for trial in comparison.trials}
-        for values in (lambda trial: trial.output_errors, lambda trial: trial.relative_rmse)
+        for values in (lambda trial: trial.output_errors, lambda trial: compress(trial.relative_rmse, seen))
     )
     format = min(FORMATS, key=lambda name: outputs[name, CALIBRATED.name])
     calibrated, nearest = (format, CALIBRATED.name), (format, "nearest")

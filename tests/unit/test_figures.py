@@ -4,6 +4,7 @@ UPDATE_GOLDENS=1 writes the golden thumbnails anew; look at them before committi
 """
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from stochastic_fp8_pack.kernels import ROUNDINGS, ErrorStatistics
 from stochastic_fp8_pack.kernels.calibration.data import Observer
 from stochastic_fp8_pack.kernels.calibration.output_error import OutputError
 from stochastic_fp8_pack.kernels.figures import (
+    check_comparison_size,
     comparison_figure,
     error_histogram,
     image_sheet,
@@ -159,6 +161,14 @@ def test_a_size_out_of_range_is_named():
 def test_a_height_at_which_texts_would_overlap_is_refused():
     with pytest.raises(ValueError, match="height is 300 pixels: at a width of 1024 choose 431 to 4096"):
         error_histogram(small_report(), height=300)
+
+
+def test_the_fourth_panel_of_a_comparison_needs_room_which_is_known_before_the_work(calibrated_comparison):
+    check_comparison_size(1000, 700, calibrated=False)
+    with pytest.raises(ValueError, match="height is 700 pixels: at a width of 1000 choose 800 to 4096") as known:
+        check_comparison_size(1000, 700, calibrated=True)
+    with pytest.raises(ValueError, match=re.escape(str(known.value))):
+        comparison_figure(calibrated_comparison, width=1000, height=700)
 
 
 def test_the_users_matplotlib_settings_do_not_show():
