@@ -314,8 +314,20 @@ class _Job:
             tell(total, "")  # the last moment for a cancel
         return results
 
-    def _stream(self, writer, copies, scale_names, device, statistics, tell, observe) -> dict[str, _Result]:
-        """The pass: while one tensor is rounded, the next is read and the one before is written."""
+    def _stream(
+        self,
+        writer: Writer,
+        copies: Mapping[str, str],
+        scale_names: Mapping[str, str],
+        device: torch.device | str | None,
+        statistics: bool,
+        tell: Callable[[int, str], None],
+        observe: Observer,
+    ) -> dict[str, _Result]:
+        """The pass: while one tensor is rounded, the next is read and the one before is written.
+
+        copies: new name -> name in the source, of all that keeps its bits. scale_names: weight -> its scale.
+        """
         quantized = set(self.quantized)
         order = [name for name in writer.order if name in quantized or name in copies]
         done = 0
@@ -348,7 +360,7 @@ class _Job:
     def _quantize(
         self, x: torch.Tensor, key: str, device: torch.device | str | None, statistics: bool, buffer: torch.Tensor
     ) -> QuantizedTensor:
-        """The codes lie on the device that made them, or in the buffer."""
+        """The codes lie in the buffer, or on the NVIDIA GPU that made them, if it had the memory for all of them."""
         recipe = self.recipe
         choices = {"statistics": statistics, "device": device, "out": buffer, "bring_back": False}
         with torch.inference_mode():  # in which small operations cost less
@@ -462,7 +474,7 @@ def _opened(calibration: Calibration | str | os.PathLike | None) -> Calibration 
 
 
 def _two_buffers(nbytes: int) -> Iterator[torch.Tensor]:
-    """In turns: while one is worked on, the other is filled or emptied."""
+    """Two of uint8, in turns without end: while one is worked on, the other is filled or emptied."""
     with torch.inference_mode(False):  # which each thread is in, or not, for itself
         return cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)])
 

@@ -6,13 +6,14 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import peers
 import torch
-from measure import WORKSPACE, Absent, Row, costs, duration, faster, in_child, interleaved
+from measure import ROOT, WORKSPACE, Absent, Row, costs, duration, faster, in_child, interleaved
 
 DATA = WORKSPACE / "data"
 HIDDEN = 3072
@@ -57,6 +58,11 @@ def flux_rows(rounds):
             ours.unlink()  # for everyone the pages of one result are free, and of none in use
             return results[-1]["seconds"]
 
+        def run_our_command():
+            ours.unlink(missing_ok=True)
+            command = [sys.executable, "-m", "kernels", source, ours]
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
         def run_theirs():
             theirs.unlink(missing_ok=True)
             peers.convert_to_quant(source, theirs)
@@ -68,11 +74,11 @@ def flux_rows(rounds):
             "cp, sync": lambda: cp(source, copy, sync=True),
         }
         seconds = interleaved(contestants, rounds, median)
-        theirs_seconds = interleaved({"theirs": run_theirs}, max(1, rounds // 3), median)["theirs"]
+        commands = interleaved({"ours": run_our_command, "theirs": run_theirs}, max(1, rounds // 2), median)
     yield costs(size, seconds["ours"], "cp", seconds["cp"], at_most=3)
     yield costs(size, seconds["ours"], "cp and sync, as ours does", seconds["cp, sync"])
-    wall = median(result["wall"] for result in results)
-    yield faster(f"{size}, with Python's start", wall, "convert-to-quant --simple", theirs_seconds, at_least=8)
+    what = f"{size}: python -m kernels, with Python's start"
+    yield faster(what, commands["ours"], "convert-to-quant --simple", commands["theirs"], at_least=8)
     yield memory_row(size, max(result["peak"] for result in results), source)
 
 

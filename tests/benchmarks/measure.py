@@ -85,15 +85,14 @@ def interleaved(contestants, rounds, of=min):
 
 
 def in_child(job, *arguments):
-    """Run a job of child.py in a process of its own: what it measured, with `peak` (resident bytes) and `wall`."""
-    start = time.perf_counter()
+    """Run a job of child.py in a process of its own: what it measured, with `peak` (resident bytes)."""
     command = [sys.executable, CHILD, job, *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(WORKSPACE / "bytecode")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Absent(f"it failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1]) | {"wall": time.perf_counter() - start}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine():
