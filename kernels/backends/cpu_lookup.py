@@ -34,12 +34,13 @@ class Table:
         else:
             self.entries = round_to_codes(self.scaled, None, task.format, task.rounding)
 
-    def codes(self, values: torch.Tensor, carried: int) -> torch.Tensor:
-        """The codes, uint8, of some values whose words carried 1 into the code (or borrowed it), or 0."""
+    def codes(self, values: torch.Tensor, last_bit: int) -> torch.Tensor:
+        """The codes, uint8, that end in this bit, of some values. (Neighbours differ in it; nearest has but one.)"""
         if not self.task.rounding.stochastic:
             return self.entries[values]
-        step = -1 if self.task.rounding.complements_words else 1
-        return ((self.entries[values] >> FRACTION_BITS) + step * carried).to(torch.uint8)
+        codes = self.entries[values] >> FRACTION_BITS
+        carried = (codes & 1) ^ last_bit
+        return (codes - carried if self.task.rounding.complements_words else codes + carried).to(torch.uint8)
 
 
 class Lookup:
@@ -59,7 +60,7 @@ class Lookup:
             torch.index_select(table.entries, 0, index, out=entries)
             self._add_words(first_block, -(-n // BLOCK))
             if self.counts is not None:
-                index.bitwise_or_(entries.bitwise_xor_(sums).bitwise_and_(ONE))  # the bit that a carry turns over
+                index.bitwise_or_(torch.bitwise_and(sums, ONE, out=entries))  # the code's last bit
             target.copy_(sums.bitwise_right_shift_(FRACTION_BITS))
         else:
             torch.index_select(table.entries, 0, index, out=target)
@@ -75,12 +76,12 @@ class Lookup:
     @staticmethod
     def statistics(workers: list[Lookup]) -> ErrorStatistics:
         table, counts = workers[0].table, sum(worker.counts for worker in workers)
-        return merge(_measure(table, counts, carried) for carried, counts in enumerate(counts.view(2, VALUES)))
+        return merge(_measure(table, counts, last_bit) for last_bit, counts in enumerate(counts.view(2, VALUES)))
 
 
-def _measure(table: Table, counts: torch.Tensor, carried: int) -> ErrorStatistics:
-    """Statistics of all elements whose words carried 1, or 0. counts: int64 (VALUES,)."""
+def _measure(table: Table, counts: torch.Tensor, last_bit: int) -> ErrorStatistics:
+    """Statistics of all elements whose codes end in this bit. counts: int64 (VALUES,), by the element's value."""
     task, values = table.task, counts.nonzero().squeeze(1)
     positions = code_positions(table.scaled[values], task.format, FRACTION_BITS)
-    original, codes = table.values[values].double(), table.codes(values, carried)
+    original, codes = table.values[values].double(), table.codes(values, last_bit)
     return measure(original, codes, positions, task.scale, task.amax, task.format, counts[values])
