@@ -28,8 +28,8 @@ FOLDER = "fp8_calibrations"
 
 
 MOST_ROWS = 4096
-"""Of what a layer is fed for a large picture or a video, at most so many places are recorded a step: neighbours are
-alike, and over the steps of a run there are rows enough."""
+"""Of what a layer is fed at once, for a large picture, a video or a batch, at most so many places are recorded:
+neighbours are alike, and over the steps of a run there are rows enough."""
 
 
 @contextmanager

@@ -37,9 +37,8 @@ _FORMAT_TOOLTIP = (
 )
 _ROUNDING_TOOLTIP = (
     "How each weight finds its place on the coarse FP8 grid. For an image closest to the original choose calibrated, "
-    "where there is a calibration, or else nearest. The "
-    "stochastic methods have twice its squared error but no bias: for sums over many weights, repeated quantization "
-    "and research."
+    "where there is a calibration, or else nearest. The stochastic methods have twice its squared error but no bias: "
+    "for sums over many weights, repeated quantization and research."
 )
 _SCALING_TOOLTIP = (
     "How each layer is stretched over the FP8 range before rounding. Without a scale, small weights vanish and large "
@@ -67,7 +66,9 @@ _CALIBRATION_TOOLTIP = (
     "What FP8 Calibration recorded of this model: for rounding calibrated, which then loses about a third of what "
     "nearest loses, and for the range of activations where matmul is fp8."
 )
-_DEVICE_TOOLTIP = "Where the rounding is computed. The result is the same everywhere, only the time differs."
+_DEVICE_TOOLTIP = (
+    "Where the rounding is computed. The result is the same everywhere (calibrated: nearly), only the time differs."
+)
 _LAYOUT_TOOLTIP = (
     "How the file says that its weights are scaled. native loads in ComfyUI 0.3.75 and newer; legacy is for versions "
     "before October 2025, and for E5M2 or all-in-one files in 0.3.75. Loaded by a version that does not read it, a "

@@ -40,7 +40,7 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
             category=CATEGORY,
             search_aliases=["convert to fp8", "quantize checkpoint", "float8"],
             description=(
-                "Quantizes a file of any size to a scaled FP8 file, one tensor in memory at a time, without loading "
+                "Quantizes a file of any size to a scaled FP8 file, a few tensors in memory at a time, without loading "
                 "the model. In an all-in-one checkpoint the diffusion model and large text encoders are quantized; "
                 "VAE and CLIP stay as they are."
             ),

@@ -58,7 +58,7 @@ def save(name, text):
     """Put a section between its own markers in RESULTS.md, and leave the others as they are."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n{text}\n{end}\n"
-    whole = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n\nWritten by `make bench`.\n"
+    whole = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n"
     found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}\n", re.DOTALL)
     if found.search(whole):
         whole = found.sub(lambda _: section, whole)
