@@ -81,7 +81,7 @@ def quantize_tensor(
     def quantize(device: torch.device, slice_size: int) -> QuantizedTensor:
         parts = slices(flat, device, slice_size)
         amax = _amax(parts, flat, key)
-        scale = amax_to_scale(torch.tensor(amax), float8, scaler)
+        scale = amax_to_scale(amax, float8, scaler)
         stays = not bring_back and device.type == "cuda" and slice_size >= flat.numel()
         home = device if stays else flat.device
         given = out is not None and out.device == home
@@ -105,7 +105,7 @@ def scale_tensor(
     """A tensor, flat and on `device`, with its amax and scale. Raises TypeError, NonFiniteError as quantize_tensor."""
     flat = to_device(_flat(x, key), torch.device(device or x.device))
     amax = _amax([(0, flat)], flat, key)
-    return flat, amax, amax_to_scale(torch.tensor(amax), format, scaling).to(flat.device)
+    return flat, amax, amax_to_scale(amax, format, scaling).to(flat.device)
 
 
 def finish(

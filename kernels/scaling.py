@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .formats import Float8Format
@@ -48,15 +48,15 @@ def tensor_to_amax(x: torch.Tensor) -> torch.Tensor:
     return torch.maximum(-low, high).float()
 
 
-def amax_to_scale(amax: torch.Tensor, format: Float8Format, scaling: Scaling) -> torch.Tensor:
-    """The scale to divide a tensor by, fp32 0-dim on amax's device.
+def amax_to_scale(amax: float, format: Float8Format, scaling: Scaling) -> torch.Tensor:
+    """The scale to divide a tensor by, fp32 0-dim on the CPU. amax: finite, an fp32 number.
 
     Never below SMALLEST_SCALE; 1 for an all-zero tensor. Where fp32 rounding would leave amax / scale above the
     largest value of the format, the scale is the next float up, so that nothing saturates falsely.
     """
-    one = torch.ones_like(amax)
-    if scaling.target is None:
-        return one
-    scale = amax / torch.full_like(amax, scaling.target(format))
-    scale = torch.where(amax / scale > format.max, torch.nextafter(scale, torch.full_like(amax, math.inf)), scale)
-    return torch.where(amax == 0, one, scale.clamp(min=SMALLEST_SCALE))
+    scale = np.float32(1)
+    if scaling.target is not None and amax > 0:
+        scale = max(np.float32(amax) / np.float32(scaling.target(format)), np.float32(SMALLEST_SCALE))
+        if np.float32(amax) / scale > format.max:
+            scale = np.nextafter(scale, np.float32(np.inf))
+    return torch.tensor(scale, dtype=torch.float32)

@@ -73,7 +73,11 @@ class StochasticFP8Compare(io.ComfyNode):
                 calibration_input(_CALIBRATION_TOOLTIP),
             ],
             outputs=[
-                io.Image.Output(id="IMAGE", display_name="image", tooltip="Error and bias of every rounding, and with a calibration the error of outputs."),
+                io.Image.Output(
+                    id="IMAGE",
+                    display_name="image",
+                    tooltip="Error and bias of every rounding; with a calibration, errors of outputs.",
+                ),
                 io.String.Output(
                     id="markdown",
                     display_name="markdown",

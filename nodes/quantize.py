@@ -39,8 +39,8 @@ class StochasticFP8Quantize(io.ComfyNode):
             description=(
                 "Quantizes a model to scaled FP8: half the memory of a 16-bit model, almost the same image. LoRAs "
                 "before this node are baked in at full precision. What you sample is exactly what Save Scaled FP8 "
-                "Model writes. For the image closest to the original choose rounding calibrated, with a calibration, or "
-                "else nearest; the stochastic methods have twice its squared error, but no bias."
+                "Model writes. For the image closest to the original choose rounding calibrated, with a calibration, "
+                "or else nearest; the stochastic methods have twice its squared error, but no bias."
             ),
             inputs=[
                 fit(io.Model.Input, "model", tooltip="The model to quantize, in 16 bits. It stays as it is."),

@@ -51,7 +51,7 @@ def weights(n, dtype="bfloat16", seed=0):
 def both(x, format, rounding, scaling="absmax", statistics=False, seed=1):
     """(codes, statistics) of the kernels, and of the reference."""
     amax = reference.tensor_to_amax(x)
-    scale = amax_to_scale(torch.tensor(amax), FORMATS[format], SCALINGS[scaling])
+    scale = amax_to_scale(amax, FORMATS[format], SCALINGS[scaling])
     stream = stream_key(seed, rounding, "layer.weight")
     task = Task(scale, amax, FORMATS[format], ROUNDINGS[rounding], stream)
     results = []
