@@ -19,6 +19,9 @@ SMALLEST_SLICE = 32 * BLOCK
 
 T = TypeVar("T")
 
+_refusals: set[tuple[torch.device, str]] = set()
+"""Devices, and why they refused: what a warning has told."""
+
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device; itself if it is there already."""
@@ -68,7 +71,8 @@ def with_enough_memory(compute: Callable[[torch.device, int], T], device: torch.
     """compute(device, slice size) with all `count` elements in one slice, if the device has the memory.
 
     If not, with slices of a quarter of that, and so on; in the end on the CPU. There also goes what a device other
-    than an NVIDIA GPU cannot do. Every step down is a warning that names the tensor.
+    than an NVIDIA GPU cannot do. Every step down is a warning that names the tensor. The second refusal for the same
+    reason is no news: it is said at debug level.
     """
     size = count
     while device.type != "cpu":
@@ -87,7 +91,10 @@ def with_enough_memory(compute: Callable[[torch.device, int], T], device: torch.
             break
     else:
         return compute(device, count)
-    log.warning("tensor '%s': %s %s; computing on the CPU", name, device, reason)
+    level = logging.DEBUG if (device, reason) in _refusals else logging.WARNING
+    log.log(level, "tensor '%s': %s %s; computing on the CPU", name, device, reason)
+    if device.type != "cuda":
+        _refusals.add((device, reason))
     return compute(torch.device("cpu"), count)
 
 

@@ -6,12 +6,17 @@ import threading
 import numpy as np
 import pytest
 import torch
-from stochastic_fp8_pack.kernels import NonFiniteError, quantize, quantize_tensor
+from stochastic_fp8_pack.kernels import NonFiniteError, devices, quantize, quantize_tensor
 from stochastic_fp8_pack.kernels.background import Background
 from stochastic_fp8_pack.kernels.devices import SMALLEST_SLICE, slices, to_device, with_enough_memory
 from stochastic_fp8_pack.kernels.random_bits import BLOCK, random_words, stream_from
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(devices, "_refusals", set())
 
 
 class Memory:
@@ -62,6 +67,18 @@ def test_what_a_device_refuses_the_cpu_computes(caplog, error):
     with caplog.at_level(logging.WARNING, "stochastic_fp8"):
         assert with_enough_memory(compute, MPS, 5, "w") == "cpu"
     assert str(error) in caplog.text
+
+
+def test_what_a_device_refuses_is_said_once(caplog):
+    def compute(device, size):
+        if device.type == "mps":
+            raise RuntimeError("refused for every layer")
+        return device.type
+
+    with caplog.at_level(logging.DEBUG, "stochastic_fp8"):
+        assert [with_enough_memory(compute, MPS, 5, name) for name in ("a", "b")] == ["cpu", "cpu"]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG"]
+    assert "tensor 'a'" in caplog.text and "tensor 'b'" in caplog.text
 
 
 @pytest.mark.parametrize(
