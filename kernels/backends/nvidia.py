@@ -68,11 +68,11 @@ def tensor_to_amax(flat: torch.Tensor) -> float:
 def round_tensor(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
     """See backends.Backend."""
     with _current(flat.device):
-        if statistics and not squares_fit(task.amax):
+        if not statistics:
+            return _round(flat, codes, task)
+        if not squares_fit(task.amax):
             return reference.round_tensor(flat, codes, task, statistics)
-        if statistics:
-            return _round_and_measure(flat, codes, task)
-        return _round(flat, codes, task)
+        return _round_and_measure(flat, codes, task)
 
 
 def _round(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> None:
