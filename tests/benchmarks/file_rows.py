@@ -13,7 +13,7 @@ from statistics import median
 
 import peers
 import torch
-from measure import ROOT, WORKSPACE, Absent, Row, costs, duration, faster, in_child, interleaved
+from measure import ROOT, WORKSPACE, Absent, Row, costs, duration, environment, faster, in_child, interleaved
 
 DATA = WORKSPACE / "data"
 HIDDEN = 3072
@@ -61,7 +61,7 @@ def flux_rows(rounds):
         def run_our_command():
             ours.unlink(missing_ok=True)
             command = [sys.executable, "-m", "kernels", source, ours]
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
 
         def run_theirs():
             theirs.unlink(missing_ok=True)

@@ -84,12 +84,16 @@ def interleaved(contestants, rounds, of=min):
     return {name: absent[name] if name in absent else of(seconds[name]) for name in contestants}
 
 
+def environment(**variables):
+    """Of a program that is timed: what it compiles is kept for the next time, as on a user's machine."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPYCACHEPREFIX": str(WORKSPACE / "bytecode"), **variables}
+
+
 def in_child(job, *arguments):
     """Run a job of child.py in a process of its own: what it measured, with `peak` (resident bytes)."""
     command = [sys.executable, CHILD, job, *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(WORKSPACE / "bytecode")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise Absent(f"it failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])

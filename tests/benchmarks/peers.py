@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-from measure import ROOT, WORKSPACE, Absent
+from measure import ROOT, WORKSPACE, Absent, environment
 
 KITCHEN = "comfy-kitchen==0.2.40"
 CONVERT_TO_QUANT = ("convert-to-quant==1.3.4", "prodigy-plus-schedule-free==2.0.1")
@@ -60,9 +60,9 @@ def kitchen_eager():
 
 def convert_to_quant(source, target):
     """Quantize a file to E4M3 on the CPU with convert-to-quant's quickest method."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(install(part)) for part in CONVERT_TO_QUANT)}
+    path = os.pathsep.join(str(install(part)) for part in CONVERT_TO_QUANT)
     options = ["--simple", "--comfy_quant", "--device", "cpu", "--verbose", "MINIMAL"]
     command = [sys.executable, "-m", "convert_to_quant.convert_to_quant", "-i", source, "-o", target, *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(PYTHONPATH=path), capture_output=True, text=True, check=False)
     if done.returncode or not os.path.exists(target):
         raise Absent(f"it failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
