@@ -14,6 +14,7 @@ from ..kernels.figures import check_comparison_size, comparison_figure, rounding
 from ..kernels.reports import comparison
 from ..kernels.reports.rounding_curve import measure_rounding
 from . import in_graph, models
+from .devices import compute_device, make_room
 from .networks import Network, narrow
 from .options import LARGEST_SEED, calibration_input, combo, device_input
 from .preview import size_inputs
@@ -96,9 +97,11 @@ class StochasticFP8Compare(io.ComfyNode):
         network.check_source()
         names = in_graph.select(network, Recipe(layers=layers)).quantize
         chosen = [names[i] for i in evenly_spaced(len(names), most_layers)]
+        where = _with_float64(compute_device(device, network.patcher.load_device))
+        make_room(where, (network.info(name).nbytes for name in chosen))
         progress = Progress()
         result = comparison.compare_roundings(
-            weights(network, chosen, _with_float64(in_graph.compute_device(device, network))),
+            weights(network, chosen, where),
             scaling=scaling,
             seed=seed,
             source=type(model.model).__name__,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
-import comfy.model_management
 import torch
 
 from ..kernels import KeptTensor, LayerReport, NonFiniteError, QuantizedTensor, Recipe, Report
@@ -17,17 +16,10 @@ from ..kernels.checkpoint.presets import TEXT_ENCODER
 from ..kernels.devices import to_device
 from ..kernels.rounding import CALIBRATED
 from ..kernels.version import VERSION
+from .devices import make_room
 from .models import Part
 from .networks import ModelError, Network, ScaledWeight, narrow
 from .progress import Progress
-
-ROOM = 3
-"""Times the largest weight: one is rounded while the codes of the one before are fetched, and some to spare."""
-
-
-def compute_device(choice: str, network: Network) -> torch.device:
-    """auto: where ComfyUI computes with this model."""
-    return network.patcher.load_device if choice == "auto" else torch.device(choice)
 
 
 def select(network: Network, recipe: Recipe) -> Selection:
@@ -59,13 +51,13 @@ def quantize_network(
     progress = Progress()
     weights = {name: scaled for name, scaled in network.scaled.items() if name not in selection.quantize}
     layers, nonfinite = [], []
-    total = sum(network.info(name).nbytes for name in selection.quantize)
-    done = 0
-    _make_room(device, ROOM * max((network.info(name).nbytes for name in selection.quantize), default=0))
+    sizes = {name: network.info(name).nbytes for name in selection.quantize}
+    done, total = 0, sum(sizes.values())
+    make_room(device, sizes.values())
     with Background("fetch") as fetching:
         for name in selection.quantize:
             progress(done, total, name)
-            done += network.info(name).nbytes
+            done += sizes[name]
             try:
                 q = _quantize(network, name, recipe, device, calibration)
             except NonFiniteError as error:
@@ -139,12 +131,6 @@ def _quantize(
     start = network.tensor(name).device if network.is_plain(name) else device
     weight = narrow(network.value(name, start))
     return quantize_weight(weight, name, recipe, calibration, device=device, bring_back=False)
-
-
-def _make_room(device: torch.device, nbytes: int) -> None:
-    """Let ComfyUI unload models that are in the way, if there are any."""
-    if device.type != "cpu":
-        comfy.model_management.free_memory(nbytes, device)
 
 
 def _scaled_weight(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 
-import torch
 from comfy_api.latest import io
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
@@ -15,6 +14,7 @@ from ..kernels.checkpoint.layers import LAYERS
 from ..kernels.checkpoint.layouts import LAYOUTS, MATMULS
 from ..kernels.choices import choose
 from ..kernels.rounding import METHODS
+from .devices import devices
 from .schema import FP8Calibration, fit
 
 MATMUL_NAMES = {"full precision": "full", "fp8": "fp8"}
@@ -141,12 +141,6 @@ def calibration_input(tooltip: str = _CALIBRATION_TOOLTIP) -> io.Custom.Input:
 
 def layout_input() -> io.Combo.Input:
     return combo("layout", LAYOUTS, _LAYOUT_TOOLTIP, default="native")
-
-
-def devices() -> list[str]:
-    """What a user can compute on: auto, cpu, and the machine's GPUs."""
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return ["auto", "cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def patterns(text: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..kernels.rounding import METHODS
 from . import in_graph, models
+from .devices import compute_device
 from .live import summary_output
 from .options import (
     calibration_input,
@@ -67,7 +68,7 @@ class StochasticFP8Quantize(io.ComfyNode):
             network,
             selection,
             chosen,
-            in_graph.compute_device(device, network),
+            compute_device(device, network.patcher.load_device),
             type(model.model).__name__,
             calibration,
         )
@@ -117,7 +118,7 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
             if reason:
                 reports.append(in_graph.keep_network(network, chosen, reason, name))
                 continue
-            where = in_graph.compute_device(device, network)
+            where = compute_device(device, network.patcher.load_device)
             parts[name], report = in_graph.quantize_network(network, selection, chosen, where, name)
             reports.append(report)
         report = in_graph.join_reports(reports, type(clip.cond_stage_model).__name__.rstrip("_"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..kernels.checkpoint.job import quantize_file
+from ..kernels.checkpoint.safetensors_io import open_source
 from ..kernels.rounding import METHODS
+from .devices import compute_device, make_room
 from .files import find_source, fingerprint, list_sources, loader_name, target_path, workflow_metadata
 from .live import summary_output
 from .options import (
@@ -76,6 +80,8 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
     def execute(cls, file, filename_prefix, overwrite, requantize, device="auto", calibration=None, **choices):
         kind, source = find_source(file)
         target = target_path(kind, filename_prefix, overwrite)
+        where = compute_device(device, comfy.model_management.get_torch_device())
+        make_room(where, _tensor_sizes(source))
         progress = Progress()
         report = quantize_file(
             source,
@@ -84,7 +90,7 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
             calibration=calibration,
             requantize=requantize,
             overwrite=overwrite,
-            device=comfy.model_management.get_torch_device() if device == "auto" else device,
+            device=where,
             metadata=workflow_metadata(cls.hidden),
             progress=progress,
             observe=progress.observe,
@@ -93,6 +99,12 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
             log.info("%s", note)
         name = loader_name(kind, target)
         return io.NodeOutput(name, report, ui={**ui.PreviewText(name).as_dict(), **summary_output(report)})
+
+
+def _tensor_sizes(source: Path) -> Iterator[int]:
+    """In bytes; the file is opened when the first is asked for."""
+    with open_source(source) as opened:
+        yield from (info.nbytes for info in opened.tensors.values())
 
 
 _PREFIX_TOOLTIP = "The new file's name; a number is counted up unless overwrite is on."
