@@ -12,12 +12,13 @@ import torch
 from .backends import Task, choose_backend
 from .calibration.output_error import OutputError
 from .choices import choose
-from .devices import copy, slices, to_device, with_enough_memory
+from .devices import slices, with_enough_memory
 from .error import ErrorStatistics, evenly_spaced, merge
 from .formats import FORMATS, Float8Format
 from .random_bits import BLOCK, stream_from, stream_key
 from .rounding import ROUNDINGS
 from .scaling import SCALINGS, Scaling, amax_to_scale
+from .transfers import Send, copy, to_device
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -56,6 +57,7 @@ def quantize_tensor(
     device: torch.device | str | None = None,
     out: torch.Tensor | None = None,
     bring_back: bool = True,
+    send: Send = to_device,
 ) -> QuantizedTensor:
     """Quantize a tensor to scaled FP8. The bytes depend on the values and arguments alone, not on device or strides.
 
@@ -68,6 +70,7 @@ def quantize_tensor(
     out: memory for codes on x's device, contiguous uint8 (x.numel() or more,). Default: memory of their own, which
     costs more, since the operating system clears every page. bring_back: False leaves the result on the GPU that
     computed it, if it has the memory for all of it, so that it can be fetched while the next tensor is computed.
+    send: how x gets to the device, where an Ahead may have sent it already.
 
     Raises ValueError for an unknown choice or memory that does not do, TypeError for a dtype that is no plain float,
     NonFiniteError for NaN or infinite values (fp64 values beyond fp32's range included).
@@ -79,7 +82,7 @@ def quantize_tensor(
     _check_memory(out, flat, key)
 
     def quantize(device: torch.device, slice_size: int) -> QuantizedTensor:
-        parts = slices(flat, device, slice_size)
+        parts = slices(flat, device, slice_size, send)
         amax = _amax(parts, flat, key)
         scale = amax_to_scale(amax, float8, scaler)
         stays = not bring_back and device.type == "cuda" and slice_size >= flat.numel()
@@ -167,11 +170,11 @@ def _count_nonfinite(flat: torch.Tensor) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _sample_index(count: int) -> torch.Tensor:
-    return torch.tensor(evenly_spaced(count), dtype=torch.int64)
+def _sample_index(count: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(evenly_spaced(count), dtype=torch.int64, device=device)
 
 
 def _samples(flat: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> tuple[tuple[float, float], ...]:
-    index = _sample_index(flat.numel())
-    some_codes = codes.view(torch.uint8)[index].cpu().view(codes.dtype)
-    return tuple(zip(flat[index].cpu().float().tolist(), dequantize_tensor(some_codes, scale).tolist(), strict=True))
+    some, some_codes = (x[_sample_index(len(x), x.device)].cpu() for x in (flat, codes.view(torch.uint8)))
+    dequantized = dequantize_tensor(some_codes.view(codes.dtype), scale)
+    return tuple(zip(some.float().tolist(), dequantized.tolist(), strict=True))

@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 
 ROOM = 3
-"""Times the largest tensor: one is rounded while the codes of the one before are fetched, and some to spare."""
+"""Times the largest tensor: one is rounded, the next is there already, each has codes half its size."""
 
 
 def devices() -> list[str]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from itertools import zip_longest
 
 import torch
 
 from ..kernels import KeptTensor, LayerReport, NonFiniteError, QuantizedTensor, Recipe, Report
-from ..kernels.background import Background
 from ..kernels.calibration.calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
 from ..kernels.calibration.data import Calibration
 from ..kernels.checkpoint.layers import NO_LINEAR_WEIGHT, Selection, select_layers
 from ..kernels.checkpoint.presets import TEXT_ENCODER
-from ..kernels.devices import to_device
 from ..kernels.rounding import CALIBRATED
+from ..kernels.transfers import Ahead, Arrival, begin_transfer
 from ..kernels.version import VERSION
 from .devices import make_room
 from .models import Part
@@ -54,18 +54,31 @@ def quantize_network(
     sizes = {name: network.info(name).nbytes for name in selection.quantize}
     done, total = 0, sum(sizes.values())
     make_room(device, sizes.values())
-    with Background("fetch") as fetching:
-        for name in selection.quantize:
+    home = network.patcher.offload_device
+    coming: list[tuple[str, torch.Tensor, Arrival]] = []  # name, scale, codes: of one weight at most
+
+    def bring_home() -> None:
+        for name, scale, codes in coming:
+            weights[name] = _scaled_weight(network, name, codes(), scale.to(home), recipe, calibration)
+        coming.clear()
+
+    with Ahead(device) as ahead:
+        for name, following in zip_longest(selection.quantize, selection.quantize[1:]):
             progress(done, total, name)
             done += sizes[name]
+            if following and _travels_as_it_is(network, following, recipe):
+                ahead.begin(network.tensor(following))
+            bring_home()
             try:
-                q = _quantize(network, name, recipe, device, calibration)
+                q = _quantize(network, name, recipe, device, calibration, ahead)
             except NonFiniteError as error:
-                nonfinite.append(error)
+                nonfinite.append(error.with_traceback(None))  # which would keep the tensor
                 continue
             layers.append(_layer_report(network, name, q))
             progress.observe(len(layers), len(selection.quantize), q.error)
-            fetching.run(_bring_home, weights, name, _scaled_weight(network, name, q, recipe, calibration))
+            coming.append((name, q.scale, begin_transfer(q.codes, home)))
+            del q  # and with it codes that leave the GPU
+        bring_home()
     progress(total, total, "")
     if nonfinite and recipe.nonfinite == "error":
         raise ModelError(_nonfinite_text(nonfinite))
@@ -124,28 +137,32 @@ def nothing_to_quantize(report: Report) -> ModelError:
     return ModelError(f"nothing to quantize in {report.source}: {text}")
 
 
+def _travels_as_it_is(network: Network, name: str, recipe: Recipe) -> bool:
+    """Whether a weight's own tensor is what quantize_tensor sends: 16 bits wide, without patches, not calibrated."""
+    return recipe.rounding != CALIBRATED.name and network.is_plain(name) and network.tensor(name).itemsize == 2
+
+
 def _quantize(
-    network: Network, name: str, recipe: Recipe, device: torch.device, calibration: Calibration | None
+    network: Network, name: str, recipe: Recipe, device: torch.device, calibration: Calibration | None, ahead: Ahead
 ) -> QuantizedTensor:
     """The codes lie on the NVIDIA GPU that made them, if it had the memory for the whole weight."""
     start = network.tensor(name).device if network.is_plain(name) else device
     weight = narrow(network.value(name, start))
-    return quantize_weight(weight, name, recipe, calibration, device=device, bring_back=False)
+    return quantize_weight(weight, name, recipe, calibration, device=device, bring_back=False, send=ahead)
 
 
 def _scaled_weight(
-    network: Network, name: str, q: QuantizedTensor, recipe: Recipe, calibration: Calibration | None
+    network: Network,
+    name: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    recipe: Recipe,
+    calibration: Calibration | None,
 ) -> ScaledWeight:
     full_precision = recipe.matmul == "full" and not network.is_text_encoder
     known = network.scaled[name].input_scale if name in network.scaled else None
     measured = input_scale(calibration, name, recipe)
-    scale = q.scale.to(network.patcher.offload_device)
-    return ScaledWeight(q.codes, scale, full_precision, known if measured is None else measured)
-
-
-def _bring_home(weights: dict[str, ScaledWeight], name: str, weight: ScaledWeight) -> None:
-    """Put a weight into the dict, its codes to where its scale lies."""
-    weights[name] = replace(weight, codes=to_device(weight.codes, weight.scale.device))
+    return ScaledWeight(codes, scale, full_precision, known if measured is None else measured)
 
 
 def _layer_report(network: Network, name: str, q: QuantizedTensor) -> LayerReport:

@@ -12,6 +12,7 @@ import torch
 
 from ..kernels import FORMATS, dequantize_tensor
 from ..kernels.checkpoint.safetensors_header import TensorInfo
+from ..kernels.transfers import to_device
 
 FLOAT8 = {format.dtype for format in FORMATS.values()}
 
@@ -95,9 +96,9 @@ class Network:
         """The tensor on `device` as numbers: scaled FP8 multiplied out, patches applied in fp32."""
         scaled = self.scaled.get(name)
         if scaled:
-            x = dequantize_tensor(scaled.codes.to(device), scaled.scale)
+            x = dequantize_tensor(to_device(scaled.codes, device), scaled.scale)
         else:
-            x = self.tensor(name).detach().to(device)
+            x = to_device(self.tensor(name).detach(), device)
         patches = self.patcher.patches.get(self._key(name))
         if not patches:
             return x

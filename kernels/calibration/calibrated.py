@@ -67,8 +67,8 @@ def quantize_weight(
     **memory,
 ) -> QuantizedTensor:
     """One layer's weight as the recipe says. Calibrated rounding falls back to nearest where the calibration never
-    saw the layer, or saw one of another width. memory: quantize_tensor's `out` and `bring_back`, for which calibrated
-    rounding has no use.
+    saw the layer, or saw one of another width. memory: quantize_tensor's `out`, `bring_back` and `send`, for which
+    calibrated rounding has no use.
 
     Raises as quantize_tensor, and CalibrationError where the recipe needs a calibration and there is none.
     """

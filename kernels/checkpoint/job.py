@@ -20,7 +20,6 @@ from ..calibration.calibrated import calibration_notes, check_calibration, input
 from ..calibration.data import Calibration, load_calibration
 from ..calibration.output_error import OutputError
 from ..choices import choose
-from ..devices import copy
 from ..error import ErrorStatistics
 from ..formats import FORMATS
 from ..quantize import NonFiniteError, QuantizedTensor, dequantize_tensor
@@ -28,6 +27,7 @@ from ..reports.report import KeptTensor, LayerReport, Recipe, Report
 from ..rounding import CALIBRATED, METHODS
 from ..scaling import SCALINGS, tensor_to_amax
 from ..trace import trace
+from ..transfers import copy
 from ..version import VERSION
 from .generations import EXACT, verdicts
 from .inspection import ERROR, Finding, inspect_source
@@ -347,7 +347,7 @@ class _Job:
                 try:
                     q = self._quantize(next(loaded), key, device, statistics, buffer)
                 except NonFiniteError as error:
-                    nonfinite.append(error)
+                    nonfinite.append(error.with_traceback(None))  # which would keep the tensor
                     writing_thread.wait()  # the next one gets the buffer that it writes from
                     continue
                 results[name] = _Result(q.amax, q.scale.item(), q.error, q.output_error)

@@ -141,6 +141,7 @@ def check_rows():
     yield verdict("NaN and infinite values: found and counted", "all", 0 if gpu_checks.nonfinite() else "some")
     for bits, pairs, wrong in gpu_checks.divisions():
         yield verdict(f"divisions of {bits}-bit significands against IEEE division", pairs, wrong)
+    yield verdict("transfers: there and back", "all", gpu_checks.transfers())
     peak, warnings, differ = gpu_checks.memory()
     yield Row("peak GPU memory, source in CPU memory", f"{peak:.2f} x the tensor", "", "", "<= 3 x", peak <= 3)
     yield verdict(f"bytes with too little GPU memory ({len(warnings)} warnings)", "all", differ)

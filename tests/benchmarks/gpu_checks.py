@@ -16,11 +16,13 @@ from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, SCALINGS, NonFiniteE
 from stochastic_fp8_pack.kernels.backends import Task, cpu, nvidia, reference, triton_kernels
 from stochastic_fp8_pack.kernels.random_bits import BLOCK, stream_from, stream_key
 from stochastic_fp8_pack.kernels.scaling import amax_to_scale
+from stochastic_fp8_pack.kernels.transfers import PIECE_BYTES, PIECES, STAGED_BYTES, Ahead, begin_transfer, copy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SIZES = [0, 1, 2, 3, 1000, 65535, 65536, 65537, 131071, 131072, 131073, 262144 + 65536 + 5, 1_000_003, 3072 * 1024 + 1]
 DRAWS = 2
 POISON = 0xA5
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 COUNTED = ("count", "saturated", "flushed", "exact", "amax", "step_histogram", "relative_histogram")
 
 
@@ -142,6 +144,27 @@ def nonfinite():
         except NonFiniteError as error:
             right += (error.key, error.nan, error.inf) == ("w", 1, 1)
     return right == 24
+
+
+def transfers():
+    """Elements that differ after a way to the GPU and back, from ordinary, pinned and strided memory, of any size."""
+    differ = 0
+    pieces = (PIECES + 2) * PIECE_BYTES
+    for nbytes in (4, STAGED_BYTES, STAGED_BYTES + 2, PIECE_BYTES, PIECE_BYTES + 2, pieces, pieces + 2):
+        x = torch.randint(-(2**15), 2**15, (nbytes // 2,), dtype=torch.int16)
+        for source in (x, x.pin_memory(), x.repeat_interleave(2)[::2], x.view(torch.bfloat16)):
+            with Ahead(GPU) as ahead:
+                ahead.begin(source)
+                there = ahead(source, GPU)
+            copied = copy(source, torch.empty_like(there))
+            back = [begin_transfer(each, CPU) for each in (there, there.contiguous().view(torch.float8_e4m3fn), copied)]
+            back = [arrival() for arrival in back] + [copy(there, torch.empty_like(source))]
+            differ += sum(int((each.view(torch.int16) != x).sum()) for each in back)
+    with Ahead(GPU) as ahead:
+        ahead.begin(torch.ones(pieces, dtype=torch.uint8))
+    reused = torch.zeros(pieces, dtype=torch.uint8, device=GPU)  # the memory of one that nobody asked for
+    torch.cuda.synchronize()
+    return differ + int(reused.sum())
 
 
 def memory():

@@ -36,6 +36,7 @@ server.PromptServer(asyncio.new_event_loop())  # to which the nodes add their ro
 from comfyui_version import __version__ as VERSION  # noqa: E402
 from measure import Row, costs, duration, faster, interleaved, table  # noqa: E402
 from stochastic_fp8_pack.kernels import Recipe, quantize_tensor  # noqa: E402
+from stochastic_fp8_pack.kernels.transfers import to_device  # noqa: E402
 from stochastic_fp8_pack.nodes import in_graph, models  # noqa: E402
 
 WIDTH, FEED_FORWARD = 3072, 12288
@@ -76,11 +77,13 @@ def rows(network):
         "ours": lambda: quantize(network, selection, recipe)[0],
         "plain": lambda: plain_seconds(network, names),
         "bus": lambda: bus_seconds(size),
+        "moved": lambda: moved_seconds(network, names),
         "fresh": lambda: fresh_seconds(network, names),
     }
     seconds = interleaved(contestants, ROUNDS, statistics.median)
     ours = seconds["ours"]
     yield costs(f"{what}: quantized, with statistics", ours, "the bus: sending them, pinned", seconds["bus"])
+    yield costs("the same", ours, "moving alone: sending them, fetching as many codes", seconds["moved"])
     yield costs("the same", ours, "fresh CPU memory for the result, cleared", seconds["fresh"])
     yield faster("the same", ours, "plain .to(cuda), scaled cast and .cpu()", seconds["plain"])
     yield Row("the same, the first time", duration(first), "with Triton's compiling")
@@ -113,6 +116,16 @@ def bus_seconds(size):
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds) * size / len(pinned)
+
+
+def moved_seconds(network, names):
+    """To send the weights from where they lie, and to fetch as many codes into memory of their own."""
+    codes = torch.zeros(max(network.tensor(name).numel() for name in names), dtype=torch.uint8, device=CUDA)
+    start, kept = time.perf_counter(), []
+    for name in names:
+        sent = to_device(network.tensor(name), CUDA)
+        kept.append(to_device(codes[: sent.numel()], torch.device("cpu")))
+    return time.perf_counter() - start
 
 
 def plain_seconds(network, names):
