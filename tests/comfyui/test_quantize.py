@@ -1,6 +1,7 @@
 """Quantizing a MODEL in the graph: what is sampled is what is saved, and is what the numbers say it must be."""
 
 import json
+from itertools import zip_longest
 
 import pytest
 import tiny_models
@@ -113,6 +114,20 @@ def test_patterns(bench):
         for layer in ("attn.qkv", "attn.proj", "mlp.fc2")
     }
     assert recipe_of(path)["keep"] == ["joint_blocks.0", "mlp.fc1"]
+
+
+def test_while_a_weight_is_rounded_the_next_is_sent_and_the_last_one_is_fetched(bench):
+    graph = Graph()
+    node = graph.add("TestPretendedGPU", model=bench.load(graph, "wan"))
+    seen = json.loads(bench.texts(graph, node)[0])
+    layers = seen["layers"]
+    expected = [["send", layers[1]], ["send", layers[0]], ["sent", layers[0]], ["fetch", None]]
+    for layer, following in zip_longest(layers[1:], layers[2:]):
+        expected += [["send", following]] if following else []
+        expected += [["fetched", None], ["sent", layer], ["fetch", None]]
+    assert seen["moved"] == [*expected, ["fetched", None]]
+    assert seen["same"]
+    assert seen["room"] == [[3 * seen["largest"], "mps"]]
 
 
 def test_one_seed_one_model(bench):

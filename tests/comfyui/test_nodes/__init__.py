@@ -11,6 +11,7 @@ from comfy.utils import ProgressBar
 from safetensors.torch import load_file, save_file
 
 from .models import NODES as MODEL_NODES
+from .pretended_gpu import PretendedGPU
 from .text_encoders import recognise_tiny_t5xxl, shrink_text_encoders
 
 shrink_text_encoders()
@@ -218,5 +219,6 @@ _NODES = (
     Wait,
     Fail,
     *MODEL_NODES,
+    PretendedGPU,
 )
 NODE_CLASS_MAPPINGS = {f"Test{node.__name__}": node for node in _NODES}
