@@ -1,33 +1,37 @@
-"""Tensors on their way between the CPU and an NVIDIA GPU, which travel while others are worked on.
+"""Tensors on their way between the CPU and a GPU of NVIDIA's or AMD's, which travel while others are worked on.
 
-What is large goes in pieces through pinned memory, which the bus reads and writes by itself. No threads: memory is
-copied by all cores at once already, and two threads that do so hinder each other.
+What is large goes in pieces through pinned memory, which the GPU reads and writes over the bus by itself. No threads:
+all cores copy memory at once already, and two threads that do so hinder each other.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from functools import cache
 
 import torch
+
+log = logging.getLogger("stochastic_fp8")
 
 STAGED_BYTES = 1 << 20
 """Tensors that are larger go through pinned memory."""
 PIECE_BYTES = 1 << 24
 PIECES = 8
-"""Pinned memory of a transfer: so many pieces can be on their way at a time, without anyone waiting for the bus."""
+"""Pieces of one transfer that can be on their way at a time. torch keeps that much pinned memory for each direction."""
 
 Arrival = Callable[[], torch.Tensor]
-"""Waits for a tensor, and gives it on the device that it was sent to. To be called once."""
+"""Gives a tensor on the device that it was sent to, where a GPU's current stream waits for it. To be called once."""
 Send = Callable[[torch.Tensor, torch.device], torch.Tensor]
 """to_device, or an Ahead that has sent the tensor already."""
 
 
 def begin_transfer(x: torch.Tensor, device: torch.device) -> Arrival:
-    """A tensor begins to travel to a device, and must stay as it is meanwhile. Itself if it is there already.
+    """A tensor begins to travel to a device. Itself if it is there already.
 
-    Between the CPU and an NVIDIA GPU a large tensor arrives contiguous; others have arrived when this returns.
+    A large tensor between the CPU and a GPU must stay as it is until it has arrived, and arrives contiguous. Others are
+    there when this returns.
     """
     if not is_staged(x, device):
         there = x.to(device)
@@ -55,21 +59,30 @@ def is_staged(x: torch.Tensor, device: torch.device) -> bool:
 
 
 class Ahead:
-    """Sends tensors to an NVIDIA GPU before their turn. Called as to_device, it gives each of them once.
+    """Sends tensors to a GPU before their turn. Called as to_device, it gives each of them once.
 
-    A context manager.
+    A context manager. has_room: whether the GPU has room for what is ahead beside what is worked on.
     """
 
-    def __init__(self, device: torch.device):
+    MOST = 2
+    """Tensors that nobody has asked for yet: the one whose turn it is, and the next."""
+
+    def __init__(self, device: torch.device, has_room: bool = True):
         self._device = device
+        self._has_room = has_room
         self._sent: dict[tuple, Arrival] = {}
 
     def begin(self, x: torch.Tensor) -> None:
-        """Send a CPU tensor ahead, if it is worth it and the GPU has the room now."""
-        if _place(x) in self._sent or not (x.is_contiguous() and is_staged(x, self._device)):
+        """Send a CPU tensor ahead, if it is worth it."""
+        place = _place(x)
+        if not self._has_room or place in self._sent or not x.is_contiguous() or not is_staged(x, self._device):
             return
-        with suppress(torch.cuda.OutOfMemoryError):  # it is sent in its turn, by those who know how to do with less
-            self._sent[_place(x)] = begin_transfer(x, self._device)
+        if len(self._sent) == self.MOST:
+            self._sent.pop(next(iter(self._sent)))()
+        try:
+            self._sent[place] = begin_transfer(x, self._device)
+        except torch.cuda.OutOfMemoryError:
+            self._has_room = False  # in their turn, tensors are sent by those who know how to do with less
 
     def __call__(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         arrival = self._sent.pop(_place(x), None) if device == self._device else None
@@ -86,19 +99,22 @@ class Ahead:
 
 
 class Sending:
-    """A CPU tensor on its way to a GPU. It has left its place, unless that is pinned, when this is made."""
+    """A CPU tensor on its way to a GPU. It has left its place when this is made, unless that is pinned itself."""
 
     def __init__(self, source: torch.Tensor, target: torch.Tensor):
-        self._source, self._target = source, target
-        stream, on_the_bus = _stream_after_current(target.device), deque()
+        self._source = source.detach()  # kept until it has arrived: it may be pinned, and Ahead knows it by its place
+        self._target = target
+        stream = _stream_after_current(target.device)
         with torch.cuda.stream(stream):
-            for piece, place in zip(_pieces(source.reshape(-1)), _pieces(target.view(-1)), strict=True):
-                if len(on_the_bus) == PIECES:
-                    on_the_bus.popleft().synchronize()
-                staged = piece if piece.is_pinned() else _pinned(piece).copy_(piece)
-                place.copy_(staged, non_blocking=True)
-                on_the_bus.append(stream.record_event())
-        self._sent = on_the_bus[-1]
+            try:
+                if source.is_pinned():
+                    target.copy_(self._source, non_blocking=True)
+                else:
+                    _send_pieces(self._source.reshape(-1), target.view(-1), stream)
+            except BaseException:
+                stream.synchronize()  # the target's memory is about to be free for others
+                raise
+            self._sent = stream.record_event()
 
     def result(self) -> torch.Tensor:
         """The tensor on the GPU, for work of the current stream."""
@@ -110,10 +126,11 @@ class Fetching:
     """A GPU's tensor on its way to the CPU: in pinned memory, from which it is taken in the end."""
 
     def __init__(self, source: torch.Tensor):
-        self._source = source
-        self._stream = _stream_after_current(source.device)
-        self._waiting = deque(_pieces(source.reshape(-1)))
+        self._shape = source.shape
+        self._flat = source.detach().reshape(-1)  # kept while it is read; if it is a copy, the stream comes after that
+        self._waiting = deque(_pieces(self._flat))
         self._coming: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._stream = _stream_after_current(source.device)
         self._fetch()
 
     def _fetch(self) -> None:
@@ -130,12 +147,22 @@ class Fetching:
             staged, arrived = self._coming.popleft()
             arrived.synchronize()
             place.copy_(staged)
+            del staged  # whose memory the next piece can have
             if self._waiting:
                 self._fetch()
         return target
 
     def result(self) -> torch.Tensor:
-        return self.into(torch.empty(self._source.shape, dtype=self._source.dtype))
+        return self.into(torch.empty(self._shape, dtype=self._flat.dtype))
+
+
+def _send_pieces(source: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    on_the_bus: deque[torch.cuda.Event] = deque()
+    for piece, place in zip(_pieces(source), _pieces(target), strict=True):
+        if len(on_the_bus) == PIECES:
+            on_the_bus.popleft().synchronize()
+        place.copy_(_pinned(piece).copy_(piece), non_blocking=True)
+        on_the_bus.append(stream.record_event())
 
 
 def _place(x: torch.Tensor) -> tuple:
@@ -153,8 +180,15 @@ def _pinned(like: torch.Tensor) -> torch.Tensor:
     """
     try:
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-    except RuntimeError:
+    except RuntimeError as error:
+        _log_refusal(str(error))
         return torch.empty(like.shape, dtype=like.dtype)
+
+
+@cache
+def _log_refusal(reason: str) -> None:
+    """Once, not for every piece."""
+    log.warning("there is no pinned memory left, so that tensors travel slowly to and from the GPU: %s", reason)
 
 
 def _stream_after_current(device: torch.device) -> torch.cuda.Stream:

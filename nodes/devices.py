@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 
 ROOM = 3
-"""Times the largest tensor: one is rounded, the next is there already, each has codes half its size."""
+"""Times the largest tensor: one is rounded, the next is there already, codes take half as much, and some to spare."""
 
 
 def devices() -> list[str]:
@@ -22,7 +22,13 @@ def compute_device(choice: str, auto: torch.device) -> torch.device:
     return auto if choice == "auto" else torch.device(choice)
 
 
-def make_room(device: torch.device, sizes: Iterable[int]) -> None:
-    """Let ComfyUI unload models that are in the way of tensors of so many bytes, which are worked on one by one."""
-    if device.type != "cpu":
-        comfy.model_management.free_memory(ROOM * max(sizes, default=0), device)
+def make_room(device: torch.device, sizes: Iterable[int]) -> bool:
+    """Let ComfyUI unload models that are in the way of tensors of so many bytes, which are worked on one by one.
+
+    Whether there is the room then.
+    """
+    if device.type == "cpu":
+        return True
+    room = ROOM * max(sizes, default=0)
+    comfy.model_management.free_memory(room, device)
+    return comfy.model_management.get_free_memory(device) >= room

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from itertools import zip_longest
+from functools import partial
+from itertools import takewhile, zip_longest
 
 import torch
 
@@ -53,7 +54,7 @@ def quantize_network(
     layers, nonfinite = [], []
     sizes = {name: network.info(name).nbytes for name in selection.quantize}
     done, total = 0, sum(sizes.values())
-    make_room(device, sizes.values())
+    has_room = make_room(device, sizes.values())
     home = network.patcher.offload_device
     coming: list[tuple[str, torch.Tensor, Arrival]] = []  # name, scale, codes: of one weight at most
 
@@ -62,17 +63,17 @@ def quantize_network(
             weights[name] = _scaled_weight(network, name, codes(), scale.to(home), recipe, calibration)
         coming.clear()
 
-    with Ahead(device) as ahead:
+    with Ahead(device, has_room) as ahead:
         for name, following in zip_longest(selection.quantize, selection.quantize[1:]):
             progress(done, total, name)
             done += sizes[name]
-            if following and _travels_as_it_is(network, following, recipe):
-                ahead.begin(network.tensor(following))
+            for each in takewhile(partial(_travels_as_it_is, network, recipe), filter(None, (name, following))):
+                ahead.begin(network.tensor(each))
             bring_home()
             try:
                 q = _quantize(network, name, recipe, device, calibration, ahead)
             except NonFiniteError as error:
-                nonfinite.append(error.with_traceback(None))  # which would keep the tensor
+                nonfinite.append(error.with_traceback(None))  # the traceback would keep the tensor
                 continue
             layers.append(_layer_report(network, name, q))
             progress.observe(len(layers), len(selection.quantize), q.error)
@@ -137,7 +138,7 @@ def nothing_to_quantize(report: Report) -> ModelError:
     return ModelError(f"nothing to quantize in {report.source}: {text}")
 
 
-def _travels_as_it_is(network: Network, name: str, recipe: Recipe) -> bool:
+def _travels_as_it_is(network: Network, recipe: Recipe, name: str) -> bool:
     """Whether a weight's own tensor is what quantize_tensor sends: 16 bits wide, without patches, not calibrated."""
     return recipe.rounding != CALIBRATED.name and network.is_plain(name) and network.tensor(name).itemsize == 2
 

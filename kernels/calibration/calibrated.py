@@ -64,10 +64,10 @@ def quantize_weight(
     *,
     statistics: bool = True,
     device: torch.device | str | None = None,
-    **memory,
+    **transfer,
 ) -> QuantizedTensor:
     """One layer's weight as the recipe says. Calibrated rounding falls back to nearest where the calibration never
-    saw the layer, or saw one of another width. memory: quantize_tensor's `out`, `bring_back` and `send`, for which
+    saw the layer, or saw one of another width. transfer: quantize_tensor's `out`, `bring_back` and `send`, for which
     calibrated rounding has no use.
 
     Raises as quantize_tensor, and CalibrationError where the recipe needs a calibration and there is none.
@@ -76,10 +76,10 @@ def quantize_weight(
     choices = {"format": recipe.format, "scaling": recipe.scaling}
     choices |= {"key": key, "statistics": statistics, "device": device}
     if recipe.rounding != CALIBRATED.name:
-        return quantize_tensor(x, rounding=recipe.rounding, seed=recipe.seed, **choices, **memory)
+        return quantize_tensor(x, rounding=recipe.rounding, seed=recipe.seed, **choices, **transfer)
     layer = calibration.layer_of(key, x)
     if layer is None:
-        return quantize_tensor(x, rounding="nearest", **choices, **memory)
+        return quantize_tensor(x, rounding="nearest", **choices, **transfer)
     return calibrate_tensor(x, layer, **choices)
 
 

@@ -347,7 +347,7 @@ class _Job:
                 try:
                     q = self._quantize(next(loaded), key, device, statistics, buffer)
                 except NonFiniteError as error:
-                    nonfinite.append(error.with_traceback(None))  # which would keep the tensor
+                    nonfinite.append(error.with_traceback(None))  # the traceback would keep the tensor
                     writing_thread.wait()  # the next one gets the buffer that it writes from
                     continue
                 results[name] = _Result(q.amax, q.scale.item(), q.error, q.output_error)

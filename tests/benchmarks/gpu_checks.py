@@ -157,7 +157,9 @@ def transfers():
                 ahead.begin(source)
                 there = ahead(source, GPU)
             copied = copy(source, torch.empty_like(there))
-            back = [begin_transfer(each, CPU) for each in (there, there.contiguous().view(torch.float8_e4m3fn), copied)]
+            strided = there.repeat_interleave(2)[::2]
+            codes = there.contiguous().view(torch.float8_e4m3fn)
+            back = [begin_transfer(each, CPU) for each in (there, strided, codes, copied)]
             back = [arrival() for arrival in back] + [copy(there, torch.empty_like(source))]
             differ += sum(int((each.view(torch.int16) != x).sum()) for each in back)
     with Ahead(GPU) as ahead:

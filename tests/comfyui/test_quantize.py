@@ -116,18 +116,56 @@ def test_patterns(bench):
     assert recipe_of(path)["keep"] == ["joint_blocks.0", "mlp.fc1"]
 
 
-def test_while_a_weight_is_rounded_the_next_is_sent_and_the_last_one_is_fetched(bench):
-    graph = Graph()
-    node = graph.add("TestPretendedGPU", model=bench.load(graph, "wan"))
-    seen = json.loads(bench.texts(graph, node)[0])
+def test_the_next_weight_is_on_its_way_before_one_is_rounded_and_the_last_ones_codes_are_home(bench):
+    seen = on_pretended_gpu(bench, lambda graph: bench.load(graph, "wan"))
     layers = seen["layers"]
-    expected = [["send", layers[1]], ["send", layers[0]], ["sent", layers[0]], ["fetch", None]]
-    for layer, following in zip_longest(layers[1:], layers[2:]):
+    expected = [["send", layers[0]]]
+    for layer, following in zip_longest(layers, layers[1:]):
         expected += [["send", following]] if following else []
-        expected += [["fetched", None], ["sent", layer], ["fetch", None]]
+        expected += [["fetched", None]] if layer != layers[0] else []
+        expected += [["sent", layer], ["fetch", None]]
     assert seen["moved"] == [*expected, ["fetched", None]]
-    assert seen["same"]
+    assert seen["quantized"] == layers
     assert seen["room"] == [[3 * seen["largest"], "mps"]]
+
+
+@pytest.mark.parametrize("weights", ["32 bits", "nan", "patched"])
+def test_no_more_is_on_its_way_than_there_is_room_for(bench, weights):
+    """Nor does anything stay on its way, whatever is wrong with a weight or has to be done to it first."""
+
+    def load(graph):
+        model = bench.load(graph, "sd3")
+        if weights != "patched":
+            return model
+        lora = tiny_models.write_sd3_lora(bench.server.models("loras") / "on_some_layers.safetensors", depth=1)
+        return graph.add("LoraLoaderModelOnly", model=model, lora_name=lora.name, strength_model=1.0)
+
+    seen = on_pretended_gpu(bench, load, "16 bits" if weights == "patched" else weights)
+    going, coming = [], 0
+    for what, layer in seen["moved"]:
+        if what == "send":
+            going.append(layer)
+        elif what == "sent":
+            assert layer not in seen["patched"] or going == [layer]
+            going.remove(layer)
+        else:
+            coming += 1 if what == "fetch" else -1
+        assert len(going) <= 2 and 0 <= coming <= 1
+    assert going == [] and coming == 0
+    sent = [layer for what, layer in seen["moved"] if what == "sent" and layer]
+    kept = set(seen["layers"][::3]) if weights == "nan" else set()
+    assert set(seen["quantized"]) == set(seen["layers"]) - kept
+    narrowed = set(seen["layers"][::2]) if weights == "32 bits" else set()
+    assert sorted(sent) == sorted(set(seen["layers"]) - narrowed)
+    assert (0 < len(seen["patched"]) < len(seen["layers"])) == (weights == "patched")
+
+
+def on_pretended_gpu(bench, load, weights="16 bits"):
+    graph = Graph()
+    node = graph.add("TestPretendedGPU", model=load(graph), weights=weights)
+    seen = json.loads(bench.texts(graph, node)[0])
+    assert seen["same"]
+    return seen
 
 
 def test_one_seed_one_model(bench):

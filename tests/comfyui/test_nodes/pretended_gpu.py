@@ -10,14 +10,15 @@ import torch
 import nodes
 
 GPU = torch.device("mps")
-"""No machine that runs these tests has one, so that nothing can be computed there unseen."""
+"""A name only: what is sent there stays where it is, and is computed on the CPU."""
 
 
 class PretendedGPU:
     """What moved to and from the GPU while a MODEL was quantized, and whether its codes are the CPU's.
 
-    `moved`: [what happened, layer, layer...], in order; `fetch` and `fetched` know no layer. `room`: bytes that ComfyUI
-    was asked for. `largest`: bytes of the largest weight.
+    weights: in 16 bits; in 32, which every second layer has no need of; or with a NaN in every third layer.
+    `moved`: [send, sent, fetch or fetched, layer], in order; None for what is no layer's own weight.
+    `room`: [bytes, device] that ComfyUI was asked for. `largest`: bytes of the largest weight.
     """
 
     CATEGORY = "tests"
@@ -27,15 +28,22 @@ class PretendedGPU:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
+        return {"required": {"model": ("MODEL",), "weights": (("16 bits", "32 bits", "nan"),)}}
 
-    def quantize(self, model):
+    def quantize(self, model, weights):
         quantize_module = sys.modules[nodes.NODE_CLASS_MAPPINGS["StochasticFP8Quantize"].__module__]
         in_graph, models = quantize_module.in_graph, quantize_module.models
-        network, recipe = models.diffusion_network(model), in_graph.Recipe(layers="auto")
+        network, recipe = models.diffusion_network(model), in_graph.Recipe(layers="auto", nonfinite="keep")
         selection = in_graph.select(network, recipe)
-        weights = {name: network.tensor(name).detach().bfloat16() for name in network.names}  # fp32 on a CPU
-        names = {weights[name].data_ptr(): name for name in selection.quantize}
+        layers = list(selection.quantize)
+        tensors = {name: network.tensor(name).detach().bfloat16() for name in network.names}
+        if weights == "32 bits":
+            tensors |= {name: 1.0001 * tensors[name].float() for name in layers}
+            tensors |= {name: tensors[name].bfloat16().float() for name in layers[::2]}
+        if weights == "nan":
+            for name in layers[::3]:
+                tensors[name].view(-1)[0] = float("nan")
+        names = {tensors[name].data_ptr(): name for name in layers}
         moved, room = [], []
 
         def begin_transfer(x, device):
@@ -52,7 +60,7 @@ class PretendedGPU:
 
         transfers = sys.modules[in_graph.Ahead.__module__]
         with (
-            patch.object(network, "tensor", weights.get),
+            patch.object(network, "tensor", tensors.get),
             patch.object(in_graph, "begin_transfer", begin_transfer),
             patch.object(transfers, "begin_transfer", begin_transfer),
             patch.object(transfers, "is_staged", lambda x, device: device == GPU),
@@ -61,11 +69,19 @@ class PretendedGPU:
             ),
         ):
             there, _ = in_graph.quantize_network(network, selection, recipe, GPU, "the model")
-        here, _ = in_graph.quantize_network(network, selection, recipe, torch.device("cpu"), "the model")
+        with patch.object(network, "tensor", tensors.get):
+            here, _ = in_graph.quantize_network(network, selection, recipe, torch.device("cpu"), "the model")
         same = there.weights.keys() == here.weights.keys() and all(
             torch.equal(there.weights[name].codes.view(torch.uint8), here.weights[name].codes.view(torch.uint8))
             for name in here.weights
         )
-        largest = max(weights[name].nbytes for name in selection.quantize)
-        seen = {"moved": moved, "layers": list(selection.quantize), "same": same, "room": room, "largest": largest}
+        seen = {
+            "layers": layers,
+            "patched": network.patched_names,
+            "quantized": list(there.weights),
+            "moved": moved,
+            "same": same,
+            "room": room,
+            "largest": max(tensors[name].nbytes for name in layers),
+        }
         return {"ui": {"text": [json.dumps(seen)]}}
