@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import takewhile, zip_longest
 
 import torch
 
@@ -64,11 +62,10 @@ def quantize_network(
         coming.clear()
 
     with Ahead(device, has_room) as ahead:
-        for name, following in zip_longest(selection.quantize, selection.quantize[1:]):
+        for i, name in enumerate(selection.quantize):
             progress(done, total, name)
             done += sizes[name]
-            for each in takewhile(partial(_travels_as_it_is, network, recipe), filter(None, (name, following))):
-                ahead.begin(network.tensor(each))
+            _send(ahead, network, selection.quantize[i : i + 2], recipe)
             bring_home()
             try:
                 q = _quantize(network, name, recipe, device, calibration, ahead)
@@ -138,9 +135,13 @@ def nothing_to_quantize(report: Report) -> ModelError:
     return ModelError(f"nothing to quantize in {report.source}: {text}")
 
 
-def _travels_as_it_is(network: Network, recipe: Recipe, name: str) -> bool:
-    """Whether a weight's own tensor is what quantize_tensor sends: 16 bits wide, without patches, not calibrated."""
-    return recipe.rounding != CALIBRATED.name and network.is_plain(name) and network.tensor(name).itemsize == 2
+def _send(ahead: Ahead, network: Network, names: Iterable[str], recipe: Recipe) -> None:
+    """Send weights ahead, up to the first that something has to be done to first, which takes room."""
+    for name in names:
+        tensor = network.tensor(name)
+        if recipe.rounding == CALIBRATED.name or not network.is_plain(name) or tensor.itemsize != 2:
+            return
+        ahead.begin(tensor)
 
 
 def _quantize(
