@@ -47,7 +47,7 @@ def with_enough_memory(compute: Callable[[torch.device, int], T], device: torch.
     """compute(device, slice size) with all `count` elements in one slice, if the device has the memory.
 
     If not, with slices of a quarter of that, and so on; in the end on the CPU. There also goes what a device other
-    than an NVIDIA GPU cannot do. Every step down is a warning that names the tensor. The second refusal for the same
+    than a CUDA device cannot do. Every step down is a warning that names the tensor. The second refusal for the same
     reason is no news: it is said at debug level.
     """
     size = count

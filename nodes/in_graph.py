@@ -136,7 +136,7 @@ def nothing_to_quantize(report: Report) -> ModelError:
 
 
 def _send(ahead: Ahead, network: Network, names: Iterable[str], recipe: Recipe) -> None:
-    """Send weights ahead, up to the first that something has to be done to first, which takes room."""
+    """Send weights ahead, up to one that is not rounded as it is: patching or widening it needs the room."""
     for name in names:
         tensor = network.tensor(name)
         if recipe.rounding == CALIBRATED.name or not network.is_plain(name) or tensor.itemsize != 2:
@@ -147,7 +147,7 @@ def _send(ahead: Ahead, network: Network, names: Iterable[str], recipe: Recipe) 
 def _quantize(
     network: Network, name: str, recipe: Recipe, device: torch.device, calibration: Calibration | None, ahead: Ahead
 ) -> QuantizedTensor:
-    """The codes lie on the NVIDIA GPU that made them, if it had the memory for the whole weight."""
+    """The codes lie on the CUDA device that made them, if it had the memory for the whole weight."""
     start = network.tensor(name).device if network.is_plain(name) else device
     weight = narrow(network.value(name, start))
     return quantize_weight(weight, name, recipe, calibration, device=device, bring_back=False, send=ahead)

@@ -360,7 +360,7 @@ class _Job:
     def _quantize(
         self, x: torch.Tensor, key: str, device: torch.device | str | None, statistics: bool, buffer: torch.Tensor
     ) -> QuantizedTensor:
-        """The codes lie in the buffer, or on the NVIDIA GPU that made them, if it had the memory for all of them."""
+        """The codes lie in the buffer, or on the CUDA device that made them, if it had the memory for all of them."""
         recipe = self.recipe
         choices = {"statistics": statistics, "device": device, "out": buffer, "bring_back": False}
         with torch.inference_mode():  # in which small operations cost less

@@ -65,8 +65,10 @@ def cuda(monkeypatch):
     @contextmanager
     def enter(stream):
         now.append(stream)
-        yield
-        now.pop()
+        try:
+            yield
+        finally:
+            now.pop()
 
     copy_at_once = torch.Tensor.copy_
 
