@@ -56,15 +56,35 @@ def sampled_model(prompt, source):
 
 
 def run_example(server):
-    """Run the example; (its outputs by node type, the latents of the quantized model, its prompt)."""
+    """Run the example; (its outputs by type of the node that made them, the quantized model's latents, its prompt)."""
     prompt = to_prompt(read_workflow("Try it now"), server.object_info())
     sampler = sampled_model(prompt, "StochasticFP8Quantize")
     prompt["keep"] = keep_latents(sampler)
     bar = ProgressBar(prompt)
     entry = server.queue(prompt, on_event=bar)
     bar.close()
-    outputs = {prompt[node]["class_type"]: output for node, output in entry["outputs"].items()}
+    outputs = {}
+    for node, output in entry["outputs"].items():
+        outputs.setdefault(maker(prompt, node), {}).update(output)
     return outputs, latents(server, entry), prompt
+
+
+def maker(prompt, node):
+    """The type of a node, or, if it shows a picture of another's, of that one."""
+    source = prompt[node]["inputs"]["images"][0] if prompt[node]["class_type"] == "PreviewImage" else node
+    return prompt[source]["class_type"]
+
+
+def made_pictures(server, outputs):
+    """What the example shows, by file name."""
+    compared, histogram = outputs["StochasticFP8ImageCompare"], outputs["StochasticFP8ErrorHistogram"]
+    shown = {
+        "before": compared["a_images"],
+        "after": compared["b_images"],
+        "compared": compared["images"],
+        "error_histogram": histogram["images"],
+    }
+    return {title: server.view(images[0]).convert("RGB") for title, images in shown.items()}
 
 
 def keep_latents(sampler):
@@ -106,19 +126,20 @@ def main():
         started = time.monotonic()
         outputs, in_graph, prompt = run_example(server)
         seconds = time.monotonic() - started
-        compared = outputs["StochasticFP8ImageCompare"]
-        pictures = [server.view(compared[f"{side}_images"][0]).convert("RGB") for side in "ab"]
+        pictures = made_pictures(server, outputs)
         name = outputs["StochasticFP8Save"]["text"][0]
         saved = shutil.copy(server.output / "diffusion_models" / name, FOLDER)
         same = bool((run_reloaded(server, prompt, name) == in_graph).all())
-    for picture, title in zip(pictures, ("before", "after"), strict=True):
+    for title, picture in pictures.items():
         picture.save(FOLDER / f"{title}.png")
     print(f"\nTry it now: {seconds:.1f} s")
     print(f"  model before   {tiny_models.LANDSCAPES}  {megabytes(tiny_models.LANDSCAPES)}")
     print(f"  model after    {saved}  {megabytes(FOLDER / name)}")
     print(f"  picture before {FOLDER / 'before.png'}")
     print(f"  picture after  {FOLDER / 'after.png'}")
-    print(f"  PSNR           {psnr(*pictures):.1f} dB")
+    print(f"  both compared  {FOLDER / 'compared.png'}")
+    print(f"  what was lost  {FOLDER / 'error_histogram.png'}")
+    print(f"  PSNR           {psnr(pictures['before'], pictures['after']):.1f} dB")
     print(f"  reloaded file  {'gives the same picture to the bit' if same else 'gives ANOTHER picture'}")
     return 0 if same else 1
 

@@ -165,6 +165,9 @@ def test_the_demo(bench):
     outputs, in_graph, prompt = demo.run_example(bench.server)
     name = outputs["StochasticFP8Save"]["text"][0]
     assert torch.equal(demo.run_reloaded(bench.server, prompt, name), in_graph)
+    sizes = {title: picture.size for title, picture in demo.made_pictures(bench.server, outputs).items()}
+    assert sizes["before"] == sizes["after"] == (256, 256)
+    assert sizes["compared"][0] == 1536 and sizes["error_histogram"] == (1024, 480)
     black, grey = (Image.new("RGB", (8, 8), (level, level, level)) for level in (0, 51))
     assert demo.psnr(black, grey) == pytest.approx(13.979, abs=1e-3)  # 20 log10(255 / 51)
     assert demo.psnr(grey, grey) == float("inf")
