@@ -58,11 +58,13 @@ export function formatSmall(value) {
   return value === 0 ? "0" : signed(value.toExponential(1));
 }
 
-/** Why tensors are kept, without the words that every reason would repeat. */
-export function formatReason(reason) {
-  return reason
-    .replace(/^kept by pattern '(.+)' of preset (.+)$/, "$1 (preset $2)")
-    .replace(/^kept by pattern '(.+)'$/, "$1 (your pattern)");
+/**
+ * Why tensors are kept, in short.
+ * @param {{pattern: string, preset: string, text: string}} reason
+ */
+export function formatReason({ pattern, preset, text }) {
+  if (!pattern) return text;
+  return preset ? `${pattern} (preset ${preset})` : `${pattern} (your pattern)`;
 }
 
 /** "1 layer", "2 layers" */

@@ -1,15 +1,16 @@
 """The library: scaled FP8 tensors and checkpoints. Needs torch, numpy and safetensors; never ComfyUI."""
 
-from .checkpoint.inspection import inspect_file
-from .checkpoint.job import plan_file, quantize_file
-from .checkpoint.repair import repair_file
-from .checkpoint.safetensors_io import CheckpointError
-from .error import ErrorStatistics
-from .formats import FORMATS
-from .quantize import NonFiniteError, QuantizedTensor, dequantize_tensor, quantize_tensor
-from .reports.report import KeptTensor, LayerReport, Recipe, Report
-from .rounding import ROUNDINGS
-from .scaling import SCALINGS
+from .engine.file_job import plan_file, quantize_file
+from .errors import CheckpointError, NonFiniteError
+from .numerics.error_statistics import ErrorStatistics
+from .numerics.formats import FORMATS
+from .numerics.quantized_tensor import QuantizedTensor, dequantize_tensor, quantize_tensor
+from .numerics.rounding import ROUNDINGS
+from .numerics.scaling import SCALINGS
+from .recipe import Recipe
+from .report.report import KeptTensor, LayerReport, Report
+from .state_dict.inspection import inspect_file
+from .state_dict.repair import repair_file
 
 __all__ = [
     "FORMATS",

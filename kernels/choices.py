@@ -1,16 +1,18 @@
-"""Looking up a user's choice in a table, with an error that lists the valid ones."""
+"""Looking up a user's choice in a table of choices."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TypeVar
 
+from .errors import UnknownChoiceError
+
 T = TypeVar("T")
 
 
 def choose(table: Mapping[str, T], name: str, what: str) -> T:
-    """table[name]; raises ValueError naming `what` and the valid choices."""
+    """table[name]. Raises UnknownChoiceError naming `what` and the valid choices."""
     try:
         return table[name]
-    except KeyError:
-        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(table)}") from None
+    except (KeyError, TypeError):  # TypeError: an unhashable value, such as a list out of a workflow file
+        raise UnknownChoiceError(f"unknown {what} {name!r}: choose one of {', '.join(table)}") from None

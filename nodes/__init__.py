@@ -5,14 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension
 
 from . import routes  # noqa: F401 - answers what the page asks
-from .calibrate import StochasticFP8Calibrate, StochasticFP8LoadCalibration, StochasticFP8SaveCalibration
+from .calibration import StochasticFP8Calibrate, StochasticFP8LoadCalibration, StochasticFP8SaveCalibration
 from .compare import StochasticFP8Compare, StochasticFP8RoundingCurve
 from .demo import StochasticFP8DemoModel
 from .image_compare import StochasticFP8ImageCompare
 from .inspect import StochasticFP8Inspect
 from .preview import StochasticFP8ErrorHistogram, StochasticFP8LayerReport
-from .quantize import StochasticFP8Quantize, StochasticFP8QuantizeTextEncoder
 from .quantize_file import StochasticFP8QuantizeFile
+from .quantize_model import StochasticFP8Quantize, StochasticFP8QuantizeTextEncoder
 from .save import StochasticFP8Save
 
 NODES = [

@@ -8,11 +8,11 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
-from ..kernels.checkpoint.layers import LAYERS
-from ..kernels.error import evenly_spaced
 from ..kernels.figures import check_comparison_size, comparison_figure, rounding_curve, to_image
-from ..kernels.reports import comparison
-from ..kernels.reports.rounding_curve import measure_rounding
+from ..kernels.numerics.error_statistics import evenly_spaced
+from ..kernels.selection.selection import LAYERS
+from ..kernels.studies import comparison
+from ..kernels.studies.rounding_curve import measure_rounding
 from . import in_graph, models
 from .devices import compute_device, make_room
 from .networks import Network, narrow

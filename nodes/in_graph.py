@@ -8,12 +8,13 @@ from dataclasses import asdict, replace
 import torch
 
 from ..kernels import KeptTensor, LayerReport, NonFiniteError, QuantizedTensor, Recipe, Report
-from ..kernels.calibration.calibrated import calibration_notes, check_calibration, input_scale, quantize_weight
-from ..kernels.calibration.data import Calibration
-from ..kernels.checkpoint.layers import NO_LINEAR_WEIGHT, Selection, select_layers
-from ..kernels.checkpoint.presets import TEXT_ENCODER
-from ..kernels.rounding import CALIBRATED
-from ..kernels.transfers import Ahead, Arrival, begin_transfer
+from ..kernels.calibration.moments import Calibration
+from ..kernels.engine.quantize_weight import calibration_notes, check_calibration, input_scale, quantize_weight
+from ..kernels.numerics.rounding import CALIBRATED
+from ..kernels.numerics.transfers import Ahead, Arrival, begin_transfer
+from ..kernels.selection.presets import TEXT_ENCODER
+from ..kernels.selection.reasons import NON_FINITE, NOT_LINEAR, UNTOUCHED_NETWORK, Reason
+from ..kernels.selection.selection import Selection, select_layers
 from ..kernels.version import VERSION
 from .devices import make_room
 from .models import Part
@@ -80,7 +81,13 @@ def quantize_network(
     progress(total, total, "")
     if nonfinite and recipe.nonfinite == "error":
         raise ModelError(_nonfinite_text(nonfinite))
-    kept = (*selection.kept, *((error.key, f"holds {error.nan} NaN, {error.inf} infinite") for error in nonfinite))
+    kept = (
+        *selection.kept,
+        *(
+            (error.key, Reason(NON_FINITE, detail=f"{error.nan} NaN and {error.inf} infinite values"))
+            for error in nonfinite
+        ),
+    )
     report = Report(
         source,
         selection.family,
@@ -95,7 +102,7 @@ def quantize_network(
 
 def keep_network(network: Network, recipe: Recipe, reason: str, source: str) -> Report:
     """The report of a network that stays as it is."""
-    kept = tuple(_kept(network, name, reason) for name in network.names)
+    kept = tuple(_kept(network, name, Reason(UNTOUCHED_NETWORK, detail=reason)) for name in network.names)
     return Report(source, "unknown", recipe, kept=kept, notes=(f"{source} stays as it is: {reason}",))
 
 
@@ -125,12 +132,12 @@ def attachment(report: Report) -> dict:
         "source": report.source,
         "family": report.family,
         "quantized": [layer.key for layer in report.layers],
-        "kept_layers": [tensor.key for tensor in report.kept if tensor.reason != NO_LINEAR_WEIGHT],
+        "kept_layers": [tensor.key for tensor in report.kept if tensor.reason.kind != NOT_LINEAR],
     }
 
 
 def nothing_to_quantize(report: Report) -> ModelError:
-    reasons = dict.fromkeys(tensor.reason for tensor in report.kept if tensor.reason != NO_LINEAR_WEIGHT)
+    reasons = dict.fromkeys(tensor.reason.text for tensor in report.kept if tensor.reason.kind != NOT_LINEAR)
     text = "; ".join(reasons) or "it has no Linear layers that ComfyUI could run in FP8"
     return ModelError(f"nothing to quantize in {report.source}: {text}")
 
@@ -179,7 +186,7 @@ def _calibration_notes(recipe: Recipe, layers: Iterable[LayerReport]) -> Iterabl
         yield from calibration_notes({layer.key: layer.output_error for layer in layers})
 
 
-def _kept(network: Network, name: str, reason: str) -> KeptTensor:
+def _kept(network: Network, name: str, reason: Reason) -> KeptTensor:
     info = network.info(name)
     return KeptTensor(name, info.shape, info.dtype, info.nbytes, reason)
 

@@ -6,9 +6,9 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from ..kernels.checkpoint.inspection import inspect_file
-from ..kernels.checkpoint.repair import repair_file
-from ..kernels.figures.inspection import inspection_sheet
+from ..kernels.figures.findings import inspection_sheet
+from ..kernels.state_dict.inspection import inspect_file
+from ..kernels.state_dict.repair import repair_file
 from .files import find_source, fingerprint, list_sources, loader_name, target_path
 from .pictures import draw_image
 from .schema import CATEGORY, fit

@@ -10,7 +10,7 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..kernels import ErrorStatistics, Report
-from ..kernels.error import step_bin_edges
+from ..kernels.numerics.error_statistics import step_bin_edges
 
 EVENT = "stochastic_fp8.live"
 OUTPUT = "stochastic_fp8"

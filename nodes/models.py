@@ -21,7 +21,7 @@ import comfy.sd
 import torch
 from comfyui_version import __version__ as COMFYUI_VERSION
 
-from ..kernels.checkpoint.layouts import HEADER_ENTRY, LAYOUTS, ScaledLayer
+from ..kernels.state_dict.layouts import HEADER_ENTRY, LAYOUTS, ScaledLayer
 from .networks import FLOAT8, ModelError, Network, ScaledWeight
 
 log = logging.getLogger("stochastic_fp8")

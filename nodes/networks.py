@@ -11,8 +11,8 @@ import comfy.utils
 import torch
 
 from ..kernels import FORMATS, dequantize_tensor
-from ..kernels.checkpoint.safetensors_header import TensorInfo
-from ..kernels.transfers import to_device
+from ..kernels.files.header import TensorInfo
+from ..kernels.numerics.transfers import to_device
 
 FLOAT8 = {format.dtype for format in FORMATS.values()}
 

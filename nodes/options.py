@@ -8,12 +8,12 @@ from dataclasses import asdict
 from comfy_api.latest import io
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
-from ..kernels.calibration.data import Calibration
-from ..kernels.checkpoint.job import NONFINITE
-from ..kernels.checkpoint.layers import LAYERS
-from ..kernels.checkpoint.layouts import LAYOUTS, MATMULS
+from ..kernels.calibration.moments import Calibration
 from ..kernels.choices import choose
-from ..kernels.rounding import METHODS
+from ..kernels.engine.file_job import NONFINITE
+from ..kernels.numerics.rounding import METHODS
+from ..kernels.selection.selection import LAYERS
+from ..kernels.state_dict.layouts import LAYOUTS, MATMULS
 from .devices import devices
 from .schema import FP8Calibration, fit
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import folder_paths
 
 from ..kernels import KeptTensor, LayerReport, Recipe, Report
-from ..kernels.checkpoint.job import plan_file
-from ..kernels.checkpoint.layers import select_layers
-from ..kernels.checkpoint.layouts import read_markings
-from ..kernels.checkpoint.presets import Components, diffusers_model
-from ..kernels.checkpoint.safetensors_header import TensorInfo
-from ..kernels.checkpoint.safetensors_io import Source, fault, open_source
+from ..kernels.engine.file_job import plan_file
+from ..kernels.errors import file_error
+from ..kernels.files.header import TensorInfo
+from ..kernels.files.reader import Source, open_source
+from ..kernels.selection.presets import Components, diffusers_model
+from ..kernels.selection.reasons import UNTOUCHED_NETWORK, Reason
+from ..kernels.selection.selection import select_layers
+from ..kernels.state_dict.layouts import read_markings
 from . import in_graph, models
 from .demo import MODELS
 from .files import OUTPUT_FOLDERS, find_source
@@ -56,10 +58,12 @@ def make_plan(file: str, part: str, recipe: Recipe, requantize: bool = False) ->
 
 def describe(report: Report) -> dict:
     """The plan that a report without measurements stands for: sizes, and tensors by what becomes of them."""
-    kept: dict[str, list[KeptTensor]] = defaultdict(list)
+    kept: dict[Reason, list[KeptTensor]] = defaultdict(list)
     for tensor in report.kept:
         kept[tensor.reason].append(tensor)
-    rows = [_row(tensors, sum(t.nbytes for t in tensors)) | {"reason": reason} for reason, tensors in kept.items()]
+    rows = [
+        _row(tensors, sum(t.nbytes for t in tensors)) | {"reason": reason.to_dict()} for reason, tensors in kept.items()
+    ]
     users = {*report.recipe.keep, *report.recipe.only}
     return {
         "source": report.source,
@@ -113,7 +117,7 @@ def _networks(source: Source, part: str) -> Iterator[Tensors]:
     model = diffusers_model(source.tensors)
     if model:
         text = f"holds {model} in the diffusers layout, of which ComfyUI renames the layers: only a run can tell"
-        raise fault(source.path, text)
+        raise file_error(source.path, text)
     components = Components(source.tensors)
     text_encoders = tuple(component for component in components.others if component.family != "vae")
     wanted = text_encoders if part == "clip" and components.all_in_one else (components.main,)
@@ -129,7 +133,7 @@ def _networks(source: Source, part: str) -> Iterator[Tensors]:
 def _plan_network(tensors: Tensors, part: str, recipe: Recipe, source: str) -> Report:
     selection = select_layers(tensors, layers=recipe.layers, keep=recipe.keep, only=recipe.only)
     reason = in_graph.untouchable(selection) if part == "clip" else ""
-    kept = [(name, reason) for name in tensors] if reason else selection.kept
+    kept = [(name, Reason(UNTOUCHED_NETWORK, detail=reason)) for name in tensors] if reason else selection.kept
     layers = () if reason else selection.quantize
     return Report(
         source,

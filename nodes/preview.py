@@ -8,9 +8,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..kernels import LayerReport, Report
-from ..kernels.checkpoint.layers import compile_pattern
 from ..kernels.figures import error_histogram, layer_report, to_image
-from ..kernels.reports import report_table
+from ..kernels.report import table as report_table
+from ..kernels.selection.patterns import compile_pattern
 from .options import combo, patterns
 from .progress import Progress
 from .schema import CATEGORY, FP8Report, fit

@@ -9,9 +9,9 @@ from pathlib import Path
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..kernels.checkpoint.job import quantize_file
-from ..kernels.checkpoint.safetensors_io import open_source
-from ..kernels.rounding import METHODS
+from ..kernels.engine.file_job import quantize_file
+from ..kernels.files.reader import open_source
+from ..kernels.numerics.rounding import METHODS
 from .devices import compute_device, make_room
 from .files import find_source, fingerprint, list_sources, loader_name, target_path, workflow_metadata
 from .live import summary_output

@@ -7,7 +7,7 @@ import asyncio
 from aiohttp import web
 from server import PromptServer
 
-from ..kernels.checkpoint.layers import LAYERS
+from ..kernels.selection.selection import LAYERS
 from .live import live_states
 from .options import MATMUL_NAMES, recipe
 from .plan import PARTS, NoSuchFile, OutsideModels, make_plan

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from comfy_api.latest import io, ui
 
-from ..kernels.checkpoint.assemble import write_scaled
-from ..kernels.checkpoint.generations import EXACT
-from ..kernels.checkpoint.job import RECIPE_ENTRY
-from ..kernels.checkpoint.layouts import ScaledLayer
-from ..kernels.checkpoint.safetensors_header import TensorInfo
+from ..kernels.engine.file_job import RECIPE_ENTRY
+from ..kernels.files.header import TensorInfo
+from ..kernels.state_dict.assemble import write_scaled
+from ..kernels.state_dict.compatibility import EXACT
+from ..kernels.state_dict.layouts import ScaledLayer
 from . import models
 from .files import loader_name, target_path, workflow_metadata
 from .networks import ModelError, Network, narrow

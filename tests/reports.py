@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file
 from stochastic_fp8_pack.kernels import KeptTensor, LayerReport, Recipe, Report, quantize_tensor
+from stochastic_fp8_pack.kernels.selection.reasons import NOT_LINEAR, Reason
 from tiny_models import LANDSCAPES
 
 
@@ -39,7 +40,7 @@ def small_report(**recipe):
     """Four heavy-tailed layers of different kinds, and a tensor that is kept."""
     names = ("attn.qkv", "mlp.fc1", "adaLN_modulation.1", "linear")
     weights = {f"blocks.{i}.{name}.weight": heavy_tailed(i, 64, 32) for i, name in enumerate(names)}
-    kept = (KeptTensor("norm.weight", (32,), "bfloat16", 64, "no Linear weight"),)
+    kept = (KeptTensor("norm.weight", (32,), "bfloat16", 64, Reason(NOT_LINEAR)),)
     return report_on(weights, kept=kept, **recipe)
 
 
@@ -54,7 +55,7 @@ def landscapes(**recipe):
     tensors = load_file(LANDSCAPES)
     linear = {key: value for key, value in tensors.items() if value.ndim == 2 and key.endswith(".weight")}
     kept = [
-        KeptTensor(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), value.nbytes, "no Linear weight")
+        KeptTensor(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), value.nbytes, Reason(NOT_LINEAR))
         for key, value in tensors.items()
         if key not in linear
     ]

@@ -1,1 +1,1 @@
-"""Rounding chosen by what a layer's output loses on inputs that it was seen to get."""
+"""Calibrations (second moments of layer inputs) and the GPTQ-style rounding that uses them."""

@@ -8,12 +8,12 @@ from typing import NoReturn
 
 import torch
 
-from ..checkpoint.job import NONFINITE
-from ..checkpoint.layers import LAYERS
-from ..checkpoint.layouts import LAYOUTS, MATMULS
-from ..formats import FORMATS
-from ..rounding import METHODS
-from ..scaling import SCALINGS
+from ..engine.file_job import NONFINITE
+from ..numerics.formats import FORMATS
+from ..numerics.rounding import METHODS
+from ..numerics.scaling import SCALINGS
+from ..selection.selection import LAYERS
+from ..state_dict.layouts import LAYOUTS, MATMULS
 from ..version import VERSION
 
 FP8_TYPES = {name.removeprefix("float8_").removesuffix("fn"): name for name in FORMATS}

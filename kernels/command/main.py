@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.data import load_calibration
-from ..checkpoint.inspection import inspect_file
-from ..checkpoint.job import plan_file, quantize_file, read_weights
-from ..checkpoint.repair import repair_file
-from ..checkpoint.safetensors_io import CheckpointError
-from ..reports.comparison import compare_roundings
-from ..reports.report import Report
+from ..calibration.file import load_calibration
+from ..engine.file_job import plan_file, quantize_file, read_weights
+from ..errors import CheckpointError
+from ..report.report import Report
+from ..state_dict.inspection import inspect_file
+from ..state_dict.repair import repair_file
+from ..studies.comparison import compare_roundings
 from . import arguments, tables
 
 DONE, FAILED, MISUSED = 0, 1, 2

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..error import evenly_spaced
 from ..figures import error_histogram, layer_report, save_png
-from ..reports.report import LayerReport, Report
+from ..numerics.error_statistics import evenly_spaced
+from ..report.report import LayerReport, Report
 
 
 def draw(report: Report, folder: Path, max_tensors: int, sample_size: int) -> Iterator[Path]:

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from statistics import median
 
-from ..error import ErrorStatistics, merge
-from ..reports.comparison import (
+from ..numerics.error_statistics import ErrorStatistics, merge
+from ..report.report import Report
+from ..report.table import describe_bytes, describe_output_error, number_of
+from ..studies.comparison import (
     OUTPUT_COLUMN,
     Comparison,
     Trial,
@@ -18,8 +20,6 @@ from ..reports.comparison import (
     recommendations,
     typical_output_error,
 )
-from ..reports.report import Report
-from ..reports.report_table import describe_bytes, describe_output_error, number_of
 
 WORST = 5
 
@@ -40,7 +40,7 @@ def summary(report: Report, target: str, seconds: float) -> str:
 
 def plan(report: Report, target: str) -> str:
     """What quantizing would do: sizes, and which tensors stay as they are and why."""
-    reasons = Counter(tensor.reason for tensor in report.kept)
+    reasons = Counter(tensor.reason.text for tensor in report.kept)
     lines = [
         f"{report.source} -> {target}: dry run, nothing is written",
         *_table(_facts(report)),

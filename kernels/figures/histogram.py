@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..error import (
+from ..numerics.error_statistics import (
     RELATIVE_OCTAVES,
     STEP_BIN_WIDTH,
     ErrorStatistics,
@@ -17,10 +17,11 @@ from ..error import (
     relative_bin_edges,
     step_bin_edges,
 )
-from ..formats import FORMATS
-from ..reports.report import LayerReport, Recipe, Report
-from ..reports.report_table import number_of
-from ..rounding import ROUNDINGS
+from ..numerics.formats import FORMATS
+from ..numerics.rounding import ROUNDINGS
+from ..recipe import Recipe
+from ..report.report import LayerReport, Report
+from ..report.table import number_of
 from .style import (
     BLUE,
     DARK_BLUE,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..reports.report import LayerReport, Report
-from ..reports.report_table import KEPT, describe_bytes, describe_output_error, layer_kind, number_of, sizes_by_kind
+from ..report.report import LayerReport, Report
+from ..report.table import KEPT, describe_bytes, describe_output_error, layer_kind, number_of, sizes_by_kind
 from .histogram import describe_recipe
 from .style import (
     BLUE,

@@ -18,7 +18,7 @@ sys.path.insert(0, str(TESTS))
 def quantize(source, target):
     """One file, every choice at its default."""
     import conftest  # noqa: F401  (loads the pack)
-    from stochastic_fp8_pack.kernels.checkpoint.job import quantize_file
+    from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
 
     start = time.perf_counter()
     quantize_file(source, target, overwrite=True)
@@ -28,7 +28,7 @@ def quantize(source, target):
 def several(*sources):
     """The best of three for each file, interleaved; of two where there are files above 4 GB."""
     import conftest  # noqa: F401
-    from stochastic_fp8_pack.kernels.checkpoint.job import quantize_file
+    from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
 
     best = {}
     with tempfile.TemporaryDirectory(dir=Path(sources[0]).parent) as folder:

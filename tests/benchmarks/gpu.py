@@ -23,8 +23,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from measure import Absent, Row, table  # noqa: E402
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, quantize_tensor  # noqa: E402
-from stochastic_fp8_pack.kernels.backends import Task, nvidia, reference  # noqa: E402
-from stochastic_fp8_pack.kernels.random_bits import stream_key  # noqa: E402
+from stochastic_fp8_pack.kernels.numerics.backends import Task, nvidia, reference  # noqa: E402
+from stochastic_fp8_pack.kernels.numerics.random_bits import stream_key  # noqa: E402
 
 SIDE = 8192
 LARGEST = 448.0

@@ -14,9 +14,11 @@ import conftest  # noqa: E402, F401  (loads the pack)
 import torch  # noqa: E402
 from measure import Row, table  # noqa: E402
 from stochastic_fp8_pack.kernels import FORMATS, dequantize_tensor, quantize_tensor  # noqa: E402
-from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor, input_scale  # noqa: E402
-from stochastic_fp8_pack.kernels.calibration.data import Calibration, LayerCalibration, Observer  # noqa: E402
-from stochastic_fp8_pack.kernels.reports.report import Recipe  # noqa: E402
+from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor  # noqa: E402
+from stochastic_fp8_pack.kernels.calibration.moments import Calibration, LayerCalibration  # noqa: E402
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder  # noqa: E402
+from stochastic_fp8_pack.kernels.engine.quantize_weight import input_scale  # noqa: E402
+from stochastic_fp8_pack.kernels.recipe import Recipe  # noqa: E402
 
 SHAPES = ((3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (3072, 15360))
 """(outputs, inputs) of the layers of a model like Flux."""
@@ -41,7 +43,7 @@ def inputs(rows, width, device, seed=0):
 
 def seen(width, rows, device="cuda"):
     """The calibration of a layer, gathered and kept on `device`."""
-    observer = Observer(device)
+    observer = ActivationRecorder(device)
     for chunk in range(rows // CHUNK_ROWS):
         observer.observe("weight", inputs(CHUNK_ROWS, width, device, chunk))
     return observer.result().layers["weight"]

@@ -13,10 +13,17 @@ import torch
 import triton
 import triton.language as tl
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, SCALINGS, NonFiniteError, quantize_tensor
-from stochastic_fp8_pack.kernels.backends import Task, cpu, nvidia, reference, triton_kernels
-from stochastic_fp8_pack.kernels.random_bits import BLOCK, stream_from, stream_key
-from stochastic_fp8_pack.kernels.scaling import amax_to_scale
-from stochastic_fp8_pack.kernels.transfers import PIECE_BYTES, PIECES, STAGED_BYTES, Ahead, begin_transfer, copy
+from stochastic_fp8_pack.kernels.numerics.backends import Task, cpu, nvidia, reference, triton_kernels
+from stochastic_fp8_pack.kernels.numerics.random_bits import BLOCK, stream_from, stream_key
+from stochastic_fp8_pack.kernels.numerics.scaling import amax_to_scale
+from stochastic_fp8_pack.kernels.numerics.transfers import (
+    PIECE_BYTES,
+    PIECES,
+    STAGED_BYTES,
+    Ahead,
+    begin_transfer,
+    copy,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SIZES = [0, 1, 2, 3, 1000, 65535, 65536, 65537, 131071, 131072, 131073, 262144 + 65536 + 5, 1_000_003, 3072 * 1024 + 1]

@@ -36,7 +36,7 @@ server.PromptServer(asyncio.new_event_loop())  # to which the nodes add their ro
 from comfyui_version import __version__ as VERSION  # noqa: E402
 from measure import Row, costs, duration, faster, interleaved, table  # noqa: E402
 from stochastic_fp8_pack.kernels import Recipe, quantize_tensor  # noqa: E402
-from stochastic_fp8_pack.kernels.transfers import to_device  # noqa: E402
+from stochastic_fp8_pack.kernels.numerics.transfers import to_device  # noqa: E402
 from stochastic_fp8_pack.nodes import in_graph, models  # noqa: E402
 
 WIDTH, FEED_FORWARD = 3072, 12288

@@ -16,9 +16,10 @@ from comfyui.server import ComfyUIServer
 from measure import Absent, Row
 from safetensors.torch import load_file
 from stochastic_fp8_pack.kernels import FORMATS, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.calibration import data as calibration_data
-from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor
-from stochastic_fp8_pack.kernels.calibration.data import Observer, load_calibration
+from stochastic_fp8_pack.kernels.calibration import moments
+from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
+from stochastic_fp8_pack.kernels.calibration.file import load_calibration
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 
 WORDS = ("dawn", "day", "dusk", "night")
 BATCH, RUNS = 4, 2  # images at once, and how often, of each word
@@ -239,7 +240,7 @@ class Reader:
 
     def read(self, sentences):
         """(what the layers were fed, the sentences' embeddings); padding is left out."""
-        observer, embeddings, mask = Observer(), [], None
+        observer, embeddings, mask = ActivationRecorder(), [], None
         hooks = [
             layer.register_forward_pre_hook(lambda _, inputs, key=key: observer.observe(key, inputs[0][mask]))
             for key, layer in self.layers.items()
@@ -313,7 +314,7 @@ def block_rows():
 
 class _widest_block:
     def __init__(self, width):
-        self.width, self.before = width, calibration_data.WIDEST_BLOCK
+        self.width, self.before = width, moments.WIDEST_BLOCK
 
     def __enter__(self):
         self._set(self.width)
@@ -322,8 +323,8 @@ class _widest_block:
         self._set(self.before)
 
     def _set(self, width):
-        calibration_data.WIDEST_BLOCK = width
-        calibration_data._band_shapes.cache_clear()
+        moments.WIDEST_BLOCK = width
+        moments._band_shapes.cache_clear()
 
 
 # Speed
@@ -337,7 +338,7 @@ def speed_row():
     shared = torch.randn(4 * SPEED_SIDE, SPEED_SIDE // 4, generator=generator)
     x = shared @ torch.randn(SPEED_SIDE // 4, SPEED_SIDE, generator=generator)
     x += torch.randn(x.shape, generator=generator)
-    observer = Observer()
+    observer = ActivationRecorder()
     observer.observe("weight", x)
     weight = torch.randn(SPEED_SIDE, SPEED_SIDE, generator=generator)
     times = []

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 from browser.workspace import RENDERERS
 from comfyui.workflows import WORKFLOWS, read_workflow
-from stochastic_fp8_pack.kernels.checkpoint.job import quantize_file
+from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
 
 FIRST = "Try it now"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem != FIRST)

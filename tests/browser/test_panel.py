@@ -4,7 +4,7 @@ import json
 
 import pytest
 from browser.workspace import RENDERERS, THEMES
-from stochastic_fp8_pack.kernels.checkpoint.job import plan_file, quantize_file
+from stochastic_fp8_pack.kernels.engine.file_job import plan_file, quantize_file
 
 LIVE_MESSAGES = """(() => {
     window.liveTimes = [];

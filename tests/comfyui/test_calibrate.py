@@ -8,7 +8,7 @@ from comfyui.graph import Graph
 from comfyui.pack import quantize, recipe_of, save
 from comfyui.server import ExecutionError, ExecutionInterrupted
 from safetensors.torch import load_file, save_file
-from stochastic_fp8_pack.kernels.calibration.data import load_calibration
+from stochastic_fp8_pack.kernels.calibration.file import load_calibration
 from tiny_models import LANDSCAPES, write_sd3_lora
 
 ROWS_A_STEP = {"x": 2 * 256, "context": 2 * 8, "vector": 2}

@@ -67,9 +67,9 @@ cases("changes", formatChange, [
 ]);
 
 cases("reasons", formatReason, [
-  ["kept by pattern 'img_in' of preset flux", "img_in (preset flux)"],
-  ["kept by pattern 'blocks.0'", "blocks.0 (your pattern)"],
-  ["no Linear weight", "no Linear weight"],
+  [{ pattern: "img_in", preset: "flux", text: "…" }, "img_in (preset flux)"],
+  [{ pattern: "blocks.0", preset: "", text: "…" }, "blocks.0 (your pattern)"],
+  [{ pattern: "", preset: "", text: "not a Linear layer" }, "not a Linear layer"],
 ]);
 
 test("sizes before and after", () => {

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stochastic_fp8_pack.kernels.checkpoint.assemble import write_scaled
-from stochastic_fp8_pack.kernels.checkpoint.layouts import ScaledLayer
-from stochastic_fp8_pack.kernels.checkpoint.safetensors_header import TensorInfo
-from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import CheckpointError
+from stochastic_fp8_pack.kernels.errors import CheckpointError
+from stochastic_fp8_pack.kernels.files.header import TensorInfo
+from stochastic_fp8_pack.kernels.state_dict.assemble import write_scaled
+from stochastic_fp8_pack.kernels.state_dict.layouts import ScaledLayer
 
 LAYER = "joint_blocks.0.x_block.attn.proj"
 CODES = torch.arange(256, dtype=torch.uint8).reshape(16, 16)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.calibration import calibrate
-from stochastic_fp8_pack.kernels.calibration import data as calibration
-from stochastic_fp8_pack.kernels.calibration.data import CalibrationError, Observer
-from stochastic_fp8_pack.kernels.rounding import round_to_codes
+from stochastic_fp8_pack.kernels.calibration import gptq, moments
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
+from stochastic_fp8_pack.kernels.errors import CalibrationError
+from stochastic_fp8_pack.kernels.numerics.rounding import round_to_codes
 
 formats = pytest.mark.parametrize("format", FORMATS)
 
@@ -29,7 +29,7 @@ def weights(outputs, width, seed=0):
 
 
 def seen(x):
-    observer = Observer()
+    observer = ActivationRecorder()
     observer.observe("layer.weight", x)
     return observer.result().layers["layer.weight"]
 
@@ -39,7 +39,7 @@ def scale_of(weight, format="float8_e4m3fn"):
 
 
 def calibrated(weight, layer, format="float8_e4m3fn", **options):
-    return calibrate.calibrate(weight, scale_of(weight, format), layer, FORMATS[format], **options)
+    return gptq.calibrate(weight, scale_of(weight, format), layer, FORMATS[format], **options)
 
 
 def output_error(weight, codes, scale, x):
@@ -85,7 +85,7 @@ def test_without_descent_it_is_gptq(format, outputs, width):
     weight, layer = weights(outputs, width), seen(correlated(5000, width))
     codes, scale, _ = calibrated(weight, layer, format, search_scale=False, descents=0)
     scaled = (weight / scale).double().numpy()
-    expected = textbook_gptq(scaled, layer.moment()[0].double().numpy(), calibrate.damping_share(5000), format)
+    expected = textbook_gptq(scaled, layer.moment()[0].double().numpy(), gptq.damping_share(5000), format)
     agreeing = (codes.view(torch.uint8).numpy() == expected).mean()
     assert agreeing > 0.998  # a tie that fp32 sees otherwise changes what comes after it in its row
 
@@ -123,7 +123,7 @@ def test_after_descent_no_single_step_helps():
     weight, layer = weights(6, 24), seen(correlated(40_000, 24))
     codes, scale, _ = calibrated(weight, layer, search_scale=False, descents=30)
     moment = layer.moment()[0].double()
-    moment += calibrate.damping_share(40_000) * moment.diagonal().mean() * torch.eye(24)
+    moment += gptq.damping_share(40_000) * moment.diagonal().mean() * torch.eye(24)
     error = (dequantize_tensor(codes, scale) - weight).double()
     bits = codes.view(torch.uint8)
     for step in (1, -1):
@@ -189,24 +189,24 @@ def test_a_dead_outlier_gives_way_to_the_rest():
 
 
 def test_blocks_are_rounded_each_for_itself(monkeypatch):
-    monkeypatch.setattr(calibration, "WIDEST_BLOCK", 64)
-    calibration._band_shapes.cache_clear()
+    monkeypatch.setattr(moments, "WIDEST_BLOCK", 64)
+    moments._band_shapes.cache_clear()
     weight, x = weights(24, 128), correlated(4000, 128)
     scale = scale_of(weight)
     together, _, error = calibrated(weight, seen(x), search_scale=False)
     for columns in (slice(0, 64), slice(64, 128)):
-        alone, _, _ = calibrate.calibrate(
+        alone, _, _ = gptq.calibrate(
             weight[:, columns], scale, seen(x[:, columns]), FORMATS["float8_e4m3fn"], search_scale=False
         )
         assert torch.equal(together[:, columns].view(torch.uint8), alone.view(torch.uint8))
-    calibration._band_shapes.cache_clear()
+    moments._band_shapes.cache_clear()
     assert error.chosen < error.nearest
 
 
 def test_bounding_the_memory_changes_nothing(monkeypatch):
     weight, layer = weights(50, 32), seen(correlated(4000, 32))
     whole = calibrated(weight, layer)
-    monkeypatch.setattr(calibrate, "CHUNK_ELEMENTS", 7 * 32)
+    monkeypatch.setattr(gptq, "CHUNK_ELEMENTS", 7 * 32)
     parts = calibrated(weight, layer)
     assert torch.equal(whole[0].view(torch.uint8), parts[0].view(torch.uint8))
     assert whole[2].chosen == pytest.approx(parts[2].chosen, rel=1e-6)
@@ -242,9 +242,9 @@ def test_a_zero_weight_stays_zero():
 
 
 def test_few_rows_are_trusted_less():
-    assert calibrate.damping_share(10**6) == 0.01
-    assert calibrate.damping_share(3000) == 0.01
-    assert calibrate.damping_share(300) == pytest.approx(0.1)
+    assert gptq.damping_share(10**6) == 0.01
+    assert gptq.damping_share(3000) == 0.01
+    assert gptq.damping_share(300) == pytest.approx(0.1)
 
 
 def test_a_weight_of_another_shape_is_refused():
@@ -261,4 +261,4 @@ def test_the_grid_is_that_of_nearest(format):
     ties = (values.sort().values[1:] + values.sort().values[:-1]) / 2
     x = torch.cat([every, ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)])
     expected = round_to_codes(x, None, FORMATS[format], ROUNDINGS["nearest"])
-    assert torch.equal(calibrate._to_grid(x, FORMATS[format]).view(torch.uint8), expected)
+    assert torch.equal(gptq._to_grid(x, FORMATS[format]).view(torch.uint8), expected)

@@ -5,15 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import LayerReport, Recipe, Report, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.calibration.calibrated import (
-    calibrate_tensor,
-    calibration_notes,
-    input_scale,
-    quantize_weight,
-)
-from stochastic_fp8_pack.kernels.calibration.data import CalibrationError, Observer
-from stochastic_fp8_pack.kernels.calibration.output_error import OutputError
-from stochastic_fp8_pack.kernels.quantize import NonFiniteError
+from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
+from stochastic_fp8_pack.kernels.engine.quantize_weight import calibration_notes, input_scale, quantize_weight
+from stochastic_fp8_pack.kernels.errors import CalibrationError, NonFiniteError
+from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
 
 KEY = "blocks.0.attn.qkv.weight"
 RECIPE = Recipe(rounding="calibrated", calibration="prompts")
@@ -31,7 +27,7 @@ WEIGHT = torch.randn(48, 64, generator=torch.Generator().manual_seed(3)).bfloat1
 
 
 def calibration(key=KEY, x=X):
-    observer = Observer()
+    observer = ActivationRecorder()
     observer.observe(key, x)
     return observer.result("prompts")
 

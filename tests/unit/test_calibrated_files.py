@@ -8,11 +8,13 @@ import tiny_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor
-from stochastic_fp8_pack.kernels.calibration.data import Calibration, CalibrationError, Observer, save_calibration
-from stochastic_fp8_pack.kernels.checkpoint.inspection import inspect_file
-from stochastic_fp8_pack.kernels.checkpoint.job import plan_file, quantize_file
-from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import CheckpointError
+from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
+from stochastic_fp8_pack.kernels.calibration.file import save_calibration
+from stochastic_fp8_pack.kernels.calibration.moments import Calibration
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
+from stochastic_fp8_pack.kernels.engine.file_job import plan_file, quantize_file
+from stochastic_fp8_pack.kernels.errors import CalibrationError, CheckpointError
+from stochastic_fp8_pack.kernels.state_dict.inspection import inspect_file
 
 QKV, PROJ = "joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.attn.proj"
 
@@ -36,7 +38,7 @@ def target(tmp_path):
 @pytest.fixture
 def calibration():
     """Two layers of block 0: enough rows for one, few for the other."""
-    observer = Observer()
+    observer = ActivationRecorder()
     observer.observe(f"{QKV}.weight", correlated(4000, 128))
     observer.observe(f"{PROJ}.weight", correlated(500, 128))
     return observer.result("two layers")
@@ -135,7 +137,7 @@ def test_a_plan_takes_a_calibration(source, calibration):
 
 
 def test_the_calibration_of_another_model_is_told_of(source, target):
-    observer = Observer()
+    observer = ActivationRecorder()
     observer.observe("blocks.0.ffn.0.weight", correlated(4000, 128))
     report = calibrated(source, target, Calibration(observer.result().layers, "another"))
     count = len(report.layers)

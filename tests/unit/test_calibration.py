@@ -7,20 +7,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from stochastic_fp8_pack.kernels.calibration import data as calibration
-from stochastic_fp8_pack.kernels.calibration.data import (
-    METADATA_ENTRY,
-    ActivationError,
-    Calibration,
-    CalibrationError,
-    LayerCalibration,
-    Observer,
-    block_count,
-    load_calibration,
-    moment_size,
-    save_calibration,
-)
-from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import CheckpointError
+from stochastic_fp8_pack.kernels.calibration import moments
+from stochastic_fp8_pack.kernels.calibration.file import METADATA_ENTRY, load_calibration, save_calibration
+from stochastic_fp8_pack.kernels.calibration.moments import Calibration, LayerCalibration, block_count, moment_size
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
+from stochastic_fp8_pack.kernels.errors import ActivationError, CalibrationError, CheckpointError
 
 KEY = "blocks.0.attn.qkv.weight"
 
@@ -32,7 +23,7 @@ def inputs(rows, width, seed=0):
 
 
 def observed(*calls, key=KEY, **options):
-    observer = Observer(**options)
+    observer = ActivationRecorder(**options)
     for x in calls:
         observer.observe(key, x)
     return observer.result()
@@ -50,11 +41,11 @@ def test_the_moment_is_that_of_all_rows(width):
 
 
 def test_wide_layers_keep_the_blocks_on_the_diagonal(monkeypatch):
-    monkeypatch.setattr(calibration, "WIDEST_BLOCK", 64)
-    calibration._band_shapes.cache_clear()
+    monkeypatch.setattr(moments, "WIDEST_BLOCK", 64)
+    moments._band_shapes.cache_clear()
     x = inputs(90, 160)
     moment = observed(x).layers[KEY].moment()
-    calibration._band_shapes.cache_clear()
+    moments._band_shapes.cache_clear()
     assert moment.shape == (4, 40, 40)
     for block in range(4):
         columns = x[:, 40 * block : 40 * block + 40].double()

@@ -16,10 +16,11 @@ from conftest import PACK_ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stochastic_fp8_pack.kernels.calibration.data import Observer, save_calibration
-from stochastic_fp8_pack.kernels.checkpoint.job import quantize_file
+from stochastic_fp8_pack.kernels.calibration.file import save_calibration
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.command import main as command
 from stochastic_fp8_pack.kernels.command.plots import file_name, thin_samples
+from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
 from tiny_models import LANDSCAPES
 
 QKV = "joint_blocks.0.x_block.attn.qkv.weight"
@@ -626,7 +627,7 @@ def test_compare_takes_fp8_files_too(run, quantized):
 @pytest.fixture
 def calibration(source, tmp_path):
     """A file that knows one layer of the source."""
-    observer = Observer()
+    observer = ActivationRecorder()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 16, generator=generator) @ torch.randn(
         16, load_file(source)[QKV].shape[1], generator=generator

@@ -5,10 +5,10 @@ import pytest
 import torch
 from reports import heavy_tailed
 from stochastic_fp8_pack.kernels import ErrorStatistics, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.calibration.calibrated import calibrate_tensor
-from stochastic_fp8_pack.kernels.calibration.data import Observer
-from stochastic_fp8_pack.kernels.reports import comparison as module
-from stochastic_fp8_pack.kernels.reports.comparison import (
+from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
+from stochastic_fp8_pack.kernels.studies import comparison as module
+from stochastic_fp8_pack.kernels.studies.comparison import (
     compare_roundings,
     describe_sample,
     describe_unseen,
@@ -149,7 +149,7 @@ INPUTS = {key: inputs(seed) for seed, key in enumerate(KEYS)}
 
 def calibration(**widths):
     """Of the layers a and b; of c nothing is known."""
-    observer = Observer()
+    observer = ActivationRecorder()
     for key in KEYS[:2]:
         observer.observe(key, INPUTS[key][:, : widths.get(key[0], 64)])
     return observer.result("prompts")

@@ -6,10 +6,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from stochastic_fp8_pack.kernels import NonFiniteError, devices, quantize, quantize_tensor
-from stochastic_fp8_pack.kernels.background import Background
-from stochastic_fp8_pack.kernels.devices import SMALLEST_SLICE, slices, with_enough_memory
-from stochastic_fp8_pack.kernels.random_bits import BLOCK, random_words, stream_from
+from stochastic_fp8_pack.kernels import NonFiniteError, quantize_tensor
+from stochastic_fp8_pack.kernels.files.background import Background
+from stochastic_fp8_pack.kernels.numerics import memory as devices
+from stochastic_fp8_pack.kernels.numerics import quantized_tensor as quantize
+from stochastic_fp8_pack.kernels.numerics.memory import SMALLEST_SLICE, slices, with_enough_memory
+from stochastic_fp8_pack.kernels.numerics.random_bits import BLOCK, random_words, stream_from
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 

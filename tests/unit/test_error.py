@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, ErrorStatistics, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.backends import cpu
-from stochastic_fp8_pack.kernels.error import (
+from stochastic_fp8_pack.kernels.numerics.backends import cpu
+from stochastic_fp8_pack.kernels.numerics.error_statistics import (
     RELATIVE_BINS,
     STEP_BINS,
     merge,

@@ -21,8 +21,7 @@ from matplotlib.text import Text
 from PIL import Image
 from reports import heavy_tailed, repeated, report_on, small_report
 from stochastic_fp8_pack.kernels import ROUNDINGS, ErrorStatistics
-from stochastic_fp8_pack.kernels.calibration.data import Observer
-from stochastic_fp8_pack.kernels.calibration.output_error import OutputError
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.figures import (
     check_comparison_size,
     comparison_figure,
@@ -36,8 +35,9 @@ from stochastic_fp8_pack.kernels.figures import (
 from stochastic_fp8_pack.kernels.figures.histogram import in_numbers, in_plain_words
 from stochastic_fp8_pack.kernels.figures.layer_report import in_order_of_depth, pool, spread
 from stochastic_fp8_pack.kernels.figures.style import percent, shorten_middle, signed
-from stochastic_fp8_pack.kernels.reports.comparison import compare_roundings
-from stochastic_fp8_pack.kernels.reports.rounding_curve import measure_rounding
+from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
+from stochastic_fp8_pack.kernels.studies.comparison import compare_roundings
+from stochastic_fp8_pack.kernels.studies.rounding_curve import measure_rounding
 
 GOLDENS = Path(__file__).parent / "golden_figures"
 THUMBNAIL_WIDTH = 256
@@ -559,7 +559,7 @@ def test_comparison_looks_as_before(comparison):
 @pytest.fixture(scope="module")
 def calibrated_comparison():
     """Four layers, of which the calibration saw three."""
-    observer = Observer()
+    observer = ActivationRecorder()
     generator = torch.Generator().manual_seed(0)
     for i in range(3):
         shared = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
@@ -595,7 +595,7 @@ def test_a_comparison_with_a_calibration_is_sound(calibrated_comparison, size):
 
 
 def test_a_calibration_of_another_model_leaves_the_panel_empty_and_says_so(calibrated_comparison):
-    observer = Observer()
+    observer = ActivationRecorder()
     observer.observe("another.weight", torch.ones(9, 32))
     weights = [("blocks.0.mlp.fc1.weight", heavy_tailed(0, 64, 32))]
     figure = comparison_figure(compare_roundings(weights, source="x", calibration=observer.result()))

@@ -4,7 +4,7 @@ import grids
 import numpy as np
 import pytest
 import torch
-from stochastic_fp8_pack.kernels.formats import E4M3FN, E5M2, FORMATS
+from stochastic_fp8_pack.kernels.numerics.formats import E4M3FN, E5M2, FORMATS
 
 
 @pytest.mark.parametrize("code", range(256))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stochastic_fp8_pack.kernels.checkpoint.inspection import inspect_file
-from stochastic_fp8_pack.kernels.checkpoint.job import quantize_file
-from stochastic_fp8_pack.kernels.checkpoint.repair import repair_file
-from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import CheckpointError
+from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
+from stochastic_fp8_pack.kernels.errors import CheckpointError
+from stochastic_fp8_pack.kernels.state_dict.inspection import inspect_file
+from stochastic_fp8_pack.kernels.state_dict.repair import repair_file
 
 QKV = "joint_blocks.0.x_block.attn.qkv"
 FC1 = "joint_blocks.0.x_block.mlp.fc1"

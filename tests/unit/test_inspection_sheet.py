@@ -2,10 +2,10 @@
 
 import pytest
 from matplotlib.text import Text
-from stochastic_fp8_pack.kernels.checkpoint.generations import Verdict
-from stochastic_fp8_pack.kernels.checkpoint.inspection import Finding, Inspection
 from stochastic_fp8_pack.kernels.figures import to_image
-from stochastic_fp8_pack.kernels.figures.inspection import inspection_sheet
+from stochastic_fp8_pack.kernels.figures.findings import inspection_sheet
+from stochastic_fp8_pack.kernels.state_dict.compatibility import Verdict
+from stochastic_fp8_pack.kernels.state_dict.inspection import Finding, Inspection
 
 VERDICTS = (
     Verdict("ComfyUI 0.3.75", "wrong image", "inline entries are not read"),

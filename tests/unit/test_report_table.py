@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 from reports import heavy_tailed, report_on, small_report
-from stochastic_fp8_pack.kernels.calibration.output_error import OutputError
-from stochastic_fp8_pack.kernels.reports.report_table import (
+from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
+from stochastic_fp8_pack.kernels.report.table import (
     describe_bytes,
     describe_output_error,
     layer_kind,

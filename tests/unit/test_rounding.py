@@ -6,8 +6,8 @@ import grids
 import numpy as np
 import pytest
 import torch
-from stochastic_fp8_pack.kernels.formats import FORMATS
-from stochastic_fp8_pack.kernels.rounding import ONE, ROUNDINGS, code_positions, round_to_codes
+from stochastic_fp8_pack.kernels.numerics.formats import FORMATS
+from stochastic_fp8_pack.kernels.numerics.rounding import ONE, ROUNDINGS, code_positions, round_to_codes
 
 STOCHASTIC = [name for name, rounding in ROUNDINGS.items() if rounding.stochastic]
 

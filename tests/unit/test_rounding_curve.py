@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from stochastic_fp8_pack.kernels.reports.rounding_curve import measure_rounding
+from stochastic_fp8_pack.kernels.studies.rounding_curve import measure_rounding
 
 STOCHASTIC = ("stochastic", "owlshift", "complex_neighbor", "shift_perturb")
 

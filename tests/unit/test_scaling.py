@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from stochastic_fp8_pack.kernels.formats import E4M3FN, E5M2, FORMATS
-from stochastic_fp8_pack.kernels.scaling import SCALINGS, amax_to_scale, tensor_to_amax
+from stochastic_fp8_pack.kernels.numerics.formats import E4M3FN, E5M2, FORMATS
+from stochastic_fp8_pack.kernels.numerics.scaling import SCALINGS, amax_to_scale, tensor_to_amax
 
 
 def scale_of(amax, format=E4M3FN, scaling="absmax"):

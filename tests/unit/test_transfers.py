@@ -4,8 +4,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from stochastic_fp8_pack.kernels import quantize_tensor, transfers
-from stochastic_fp8_pack.kernels.transfers import Ahead, Fetching, Sending, begin_transfer, copy, is_staged, to_device
+from stochastic_fp8_pack.kernels import quantize_tensor
+from stochastic_fp8_pack.kernels.numerics import transfers
+from stochastic_fp8_pack.kernels.numerics.transfers import (
+    Ahead,
+    Fetching,
+    Sending,
+    begin_transfer,
+    copy,
+    is_staged,
+    to_device,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, SCALINGS
-from stochastic_fp8_pack.kernels.backends import BACKENDS, Task, nvidia, reference
-from stochastic_fp8_pack.kernels.random_bits import stream_key
-from stochastic_fp8_pack.kernels.scaling import amax_to_scale
+from stochastic_fp8_pack.kernels.numerics.backends import BACKENDS, Task, nvidia, reference
+from stochastic_fp8_pack.kernels.numerics.random_bits import stream_key
+from stochastic_fp8_pack.kernels.numerics.scaling import amax_to_scale
 
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
     import triton
     import triton.language as tl
-    from stochastic_fp8_pack.kernels.backends import triton_kernels
+    from stochastic_fp8_pack.kernels.numerics.backends import triton_kernels
 
     @triton.jit
     def divide(x, divisor, quotient, WIDE: tl.constexpr, TILE: tl.constexpr):

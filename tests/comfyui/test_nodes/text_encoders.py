@@ -57,7 +57,7 @@ def recognise_tiny_t5xxl():
 def _tell_the_pack(prompt):
     """The pack's own detection goes by the height too. Custom nodes load in any order, so this waits for a prompt."""
     for name, module in list(sys.modules.items()):
-        if name.endswith("stochastic-fp8.kernels.checkpoint.presets"):
+        if name.endswith("stochastic-fp8.kernels.selection.presets"):
             preset = module.PRESETS["t5xxl"]
             module.PRESETS["t5xxl"] = dataclasses.replace(preset, detect=({T5XXL_MARK: None}, *preset.detect))
     return prompt

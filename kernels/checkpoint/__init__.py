@@ -1,1 +1,0 @@
-"""Between a file and the kernels: which layers, the three ways a file marks them, reading, writing, verifying."""

@@ -1,0 +1,60 @@
+"""The library's exceptions.
+
+StochasticFP8Error
+ ├── UnknownChoiceError    an option that is not in its table of choices
+ ├── UnknownPatternError   a layer pattern that matches no tensor
+ ├── NonFiniteError        a tensor with NaN or infinite values
+ ├── CheckpointError       a file that cannot be read, written or used
+ ├── CalibrationError      a calibration that is missing, or does not fit the model
+ ├── ActivationError       layer inputs with NaN or infinite values while a calibration is recorded
+ └── UnsupportedDtypeError a tensor that is not floating-point (also a TypeError)
+
+All except UnsupportedDtypeError are also ValueErrors. Every message is one line: the file, tensor or option, the
+fault, and the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class StochasticFP8Error(Exception):
+    """Base class of the library's exceptions."""
+
+
+class UnknownChoiceError(StochasticFP8Error, ValueError):
+    """An option that is not in its table of choices."""
+
+
+class UnknownPatternError(StochasticFP8Error, ValueError):
+    """A layer pattern that matches no tensor."""
+
+
+class NonFiniteError(StochasticFP8Error, ValueError):
+    """A tensor holds NaN or infinite values, which scaled FP8 cannot represent."""
+
+    def __init__(self, key: str, nan: int, inf: int):
+        self.key, self.nan, self.inf = key, nan, inf
+        super().__init__(f"tensor '{key}' holds {nan} NaN and {inf} infinite values")
+
+
+class CheckpointError(StochasticFP8Error, ValueError):
+    """A file that cannot be read, written or used."""
+
+
+class CalibrationError(StochasticFP8Error, ValueError):
+    """A calibration that is missing, or that does not fit the model or another calibration."""
+
+
+class ActivationError(StochasticFP8Error, ValueError):
+    """The inputs of a layer hold NaN or infinite values, so nothing can be calibrated on this run."""
+
+
+class UnsupportedDtypeError(StochasticFP8Error, TypeError):
+    """A tensor that is not floating-point, or FP8 without its scale."""
+
+
+def file_error(path: str | os.PathLike, text: str) -> CheckpointError:
+    """A CheckpointError in one line that begins with the file's name (without its folder)."""
+    return CheckpointError(" ".join(f"{os.fspath(Path(path).name)}: {text}".splitlines()))

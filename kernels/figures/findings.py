@@ -1,0 +1,75 @@
+"""The findings about a file as a picture, the worst first."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from ..selection.presets import PRESETS
+from ..state_dict.compatibility import DEGRADED, EXACT
+from ..state_dict.inspection import ERROR, NOTE, WARNING, Inspection
+from .style import (
+    BLUE,
+    GREEN,
+    INK,
+    MARGIN,
+    ORANGE,
+    VERMILION,
+    WIDTH_INCHES,
+    house_style,
+    new_figure,
+    write_titles,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {ERROR: VERMILION, WARNING: ORANGE, NOTE: BLUE}
+MOST = 24
+"""Findings shown; the text output has all of them."""
+CHARACTERS = 114
+LINE_INCHES, ENTRY_INCHES, TOP_INCHES = 0.185, 0.13, 1.0
+LEFT_INCHES = 1.65
+
+
+@house_style()
+def inspection_sheet(inspection: Inspection, *, width: int = 1024) -> Figure:
+    """What each ComfyUI version makes of the file, then the findings; as high as they need."""
+    entries = [*_verdict_entries(inspection), *_finding_entries(inspection)]
+    lines = sum(len(text) for _, _, text in entries)
+    inches = TOP_INCHES + lines * LINE_INCHES + (len(entries) + 1) * ENTRY_INCHES
+    figure = new_figure(width, max(256, min(4096, round(width * inches / WIDTH_INCHES))), 0)
+    formats = ", ".join(inspection.formats) or "no FP8"
+    title = f"{inspection.source}: {'sound' if inspection.ok else 'faulty'}"
+    write_titles(figure, title, f"{PRESETS[inspection.family].title}, {inspection.scaled} scaled layers, {formats}")
+    height = figure.get_figheight()
+    y = height - TOP_INCHES
+    for label, colour, text in entries:
+        figure.text(MARGIN / WIDTH_INCHES, y / height, label, color=colour, weight="bold")
+        for line in text:
+            figure.text(LEFT_INCHES / WIDTH_INCHES, y / height, line, color=INK)
+            y -= LINE_INCHES
+        y -= ENTRY_INCHES
+    return figure
+
+
+def _verdict_entries(inspection: Inspection):
+    for verdict in inspection.verdicts:
+        colour = {EXACT: GREEN, DEGRADED: ORANGE}.get(verdict.outcome, VERMILION)
+        text = f"reads this layout: {verdict.outcome}{'; ' + verdict.text if verdict.text else ''}"
+        yield verdict.generation, colour, textwrap.wrap(text, CHARACTERS)
+
+
+def _finding_entries(inspection: Inspection):
+    for finding in inspection.findings[:MOST]:
+        where = f"{finding.where}: " if finding.where else ""
+        yield (
+            finding.severity,
+            COLOURS[finding.severity],
+            textwrap.wrap(f"{where}{finding.what}. {finding.repair}.", CHARACTERS),
+        )
+    more = len(inspection.findings) - MOST
+    if more > 0:
+        yield "", INK, [f"and {more} more findings"]
+    if not inspection.findings:
+        yield "no faults", GREEN, ["every scaled layer has its scale and its entries"]

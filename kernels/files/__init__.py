@@ -1,0 +1,1 @@
+"""Safetensors files: read, validated and written atomically. Knows nothing about FP8."""

@@ -1,0 +1,232 @@
+"""Reads safetensors files tensor by tensor.
+
+Nothing is memory-mapped: mapped pages count as resident memory, and a file that shrinks would crash the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, file_error
+from .header import MAX_HEADER, TensorInfo, parse_header, without_duplicates
+
+COPY_CHUNK = 1 << 23
+"""Bytes of a tensor in memory at once while it is copied from file to file."""
+
+_NOT_SAFETENSORS = {
+    b"PK\x03\x04": "is a PyTorch pickle; pickles can run code and are never opened: convert it to safetensors first",
+    b"\x80": "is a Python pickle; pickles can run code and are never opened: convert it to safetensors first",
+    b"GGUF": "is a GGUF file: start from the 16-bit safetensors file of this model",
+    b"version https://git-lfs": "is a Git LFS pointer and not the model: download the model itself",
+    b"<": "is a web page, probably of a failed download: download the model again",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(TensorInfo):
+    """A tensor and where its bytes lie: `offset` from the start of `file`."""
+
+    offset: int
+    file: _File
+
+
+class _File:
+    """One open file; reads are safe from several threads."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe could wait for ever
+                raise file_error(path, "is no file; give a .safetensors file, or the .safetensors.index.json of a set")
+            self._file = open(path, "rb", buffering=0)
+        except OSError as error:
+            raise file_error(path, f"cannot be opened: {error.strerror or error}") from error
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        try:
+            with self._lock:
+                self._file.seek(offset)
+                while done < len(buffer):
+                    count = self._file.readinto(buffer[done:])
+                    if not count:
+                        raise file_error(self.path, "became shorter while it was read; try again when it is complete")
+                    done += count
+        except OSError as error:
+            raise file_error(self.path, f"cannot be read: {error.strerror or error}") from error
+
+    def read(self, offset: int, size: int) -> bytes:
+        buffer = bytearray(size)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Source:
+    """An open checkpoint: one safetensors file, or several that an index joins. A context manager."""
+
+    def __init__(self, path: Path, files: list[_File], tensors: dict[str, StoredTensor], metadata: dict[str, str]):
+        self.path = path
+        self.files = files
+        self.tensors = tensors
+        self.metadata = metadata
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return self.path.name
+
+    def read(self, key: str, scratch: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor, in memory of its own, or in that of `scratch` (uint8, 1-D, at least as long).
+
+        Reading into used memory is four times as fast as into fresh pages.
+        Raises CheckpointError: I/O, or a dtype that this torch lacks.
+        """
+        tensor = self.tensors[key]
+        dtype = getattr(torch, tensor.dtype, None)
+        if dtype is None:
+            raise file_error(
+                self.path, f"tensor {key!r} has dtype {tensor.dtype}, which torch {torch.__version__} lacks"
+            )
+        data = torch.empty(tensor.nbytes, dtype=torch.uint8) if scratch is None else scratch[: tensor.nbytes]
+        tensor.file.read_into(memoryview(data.numpy()), tensor.offset)
+        return data.view(dtype).reshape(tensor.shape)
+
+    def read_bytes(self, key: str) -> bytes:
+        """The tensor's bytes as they lie in the file."""
+        tensor = self.tensors[key]
+        return tensor.file.read(tensor.offset, tensor.nbytes)
+
+    def chunks(self, key: str) -> Iterator[memoryview]:
+        """The tensor's bytes, at most COPY_CHUNK at a time, each in the same buffer."""
+        tensor = self.tensors[key]
+        buffer = memoryview(bytearray(min(tensor.nbytes, COPY_CHUNK)))
+        for start in range(0, tensor.nbytes, COPY_CHUNK):
+            chunk = buffer[: tensor.nbytes - start]
+            tensor.file.read_into(chunk, tensor.offset + start)
+            yield chunk
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def open_source(path: str | os.PathLike) -> Source:
+    """Open a `.safetensors` file, or the `.safetensors.index.json` that joins several, and validate its header.
+
+    Raises CheckpointError for anything that is not a whole and consistent safetensors file.
+    """
+    path = Path(path)
+    if path.name.endswith(".index.json"):
+        names = sorted(set(_read_index(path).values()))
+    elif path.suffix == ".safetensors":
+        names = [path.name]
+    else:
+        raise file_error(path, "is no .safetensors file, the only kind that is read")
+    source = Source(path, [], {}, {})
+    try:
+        for name in names:
+            _add_file(source, path.with_name(name))
+        if path.suffix == ".json":
+            _check_index(source)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def open_written(path: Path, target: Path) -> Source:
+    """Open a file that is still being written at `path` and will become `target`, whose name errors give."""
+    source = Source(target, [], {}, {})
+    _add_file(source, path)
+    return source
+
+
+def _add_file(source: Source, path: Path) -> None:
+    file = _File(path)
+    source.files.append(file)
+    tensors, metadata = _read_header(file)
+    twice = next(iter(tensors.keys() & source.tensors.keys()), None)
+    if twice is not None:
+        raise file_error(source.path, f"joins two files that both hold tensor {twice!r}; download the model again")
+    source.tensors.update(tensors)
+    source.metadata = metadata | source.metadata
+
+
+def _read_header(file: _File) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    start = file.read(0, min(file.size, 32))
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{":
+        for magic, text in _NOT_SAFETENSORS.items():
+            if start.startswith(magic):
+                raise file_error(file.path, text)
+    if len(start) < 8 or length <= MAX_HEADER and 8 + length > file.size:
+        raise file_error(file.path, "is truncated: it ends inside its header; download it again")
+    if length > MAX_HEADER or start[8:9] != b"{":
+        raise file_error(file.path, "is not a safetensors file: it does not begin with a header; download it again")
+    try:
+        entries, metadata = parse_header(file.read(8, length))
+    except (ValueError, RecursionError) as error:
+        raise file_error(file.path, f"has an invalid header: {error}; download it again") from error
+    end = 8 + length + sum(info.nbytes for info, _ in entries.values())
+    if end > file.size:
+        raise file_error(
+            file.path, f"is truncated: {end - file.size:,} of {end:,} bytes are missing; download it again"
+        )
+    if end < file.size:
+        raise file_error(file.path, f"has {file.size - end:,} bytes that belong to no tensor; download it again")
+    tensors = {
+        key: StoredTensor(info.dtype, info.shape, 8 + length + offset, file) for key, (info, offset) in entries.items()
+    }
+    return tensors, metadata
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index: tensor -> file name in the same folder."""
+    file = _File(path)
+    try:
+        if file.size > MAX_HEADER:
+            raise file_error(path, f"has {file.size:,} bytes, too many for an index")
+        index = json.loads(file.read(0, file.size), object_pairs_hook=without_duplicates)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise file_error(path, f"is not a valid index: {error}; download it again") from error
+    finally:
+        file.close()
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise file_error(path, "has no weight_map from tensor names to file names; download it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise file_error(
+                path, f"names {name!r}, which is no .safetensors file in the same folder; download it again"
+            )
+    return weight_map
+
+
+def _check_index(source: Source) -> None:
+    weight_map = _read_index(source.path)
+    for key, name in weight_map.items():
+        if key not in source.tensors or source.tensors[key].file.path.name != name:
+            raise file_error(
+                source.path, f"promises tensor {key!r} in {name!r}, where it is not; download that file again"
+            )

@@ -1,0 +1,1 @@
+"""The numbers: formats, scaling, rounding and error statistics of tensors, on any device."""

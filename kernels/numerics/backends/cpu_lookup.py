@@ -1,0 +1,87 @@
+"""Rounding by looking up: a 16-bit source has 65,536 values, each of which is worked out once.
+
+Its errors are a matter of counting, too: how often each value was rounded down, and how often up.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..error_statistics import ErrorStatistics, measure, merge
+from ..random_bits import BLOCK, LANE, Words
+from ..rounding import FRACTION_BITS, ONE, code_positions, round_to_codes
+from .task import Task
+
+VALUES = 1 << 16
+
+
+class Table:
+    """What the word of an element is added to, by the element's value: position and sign.
+
+    A rounding that complements its words subtracts them instead, from entries that are 65535 greater. For nearest,
+    which has no words, entries are the codes themselves.
+    """
+
+    def __init__(self, dtype: torch.dtype, task: Task):
+        self.task = task
+        self.values = torch.arange(VALUES, dtype=torch.int32).to(torch.int16).view(dtype)
+        self.scaled = self.values.float() / task.scale
+        if task.rounding.stochastic:
+            positions = code_positions(self.scaled, task.format, FRACTION_BITS)
+            positions.clamp_(max=task.format.max_code << FRACTION_BITS)
+            signs = (self.scaled.view(torch.int32) < 0).int() << (FRACTION_BITS + 7)
+            self.entries = positions + signs + (ONE - 1 if task.rounding.complements_words else 0)
+        else:
+            self.entries = round_to_codes(self.scaled, None, task.format, task.rounding)
+
+    def codes(self, values: torch.Tensor, last_bit: int) -> torch.Tensor:
+        """The codes, uint8, that end in this bit, of some values. (Neighbours differ in it; nearest has but one.)"""
+        if not self.task.rounding.stochastic:
+            return self.entries[values]
+        codes = self.entries[values] >> FRACTION_BITS
+        carried = (codes & 1) ^ last_bit
+        return (codes - carried if self.task.rounding.complements_words else codes + carried).to(torch.uint8)
+
+
+class Lookup:
+    """source -> table entry -> code, a chunk at a time, in buffers that the next chunk overwrites."""
+
+    def __init__(self, table: Table, blocks: int, statistics: bool):
+        self.table, self.words = table, Words(table.task.stream, blocks, LANE)
+        self.index, self.entries, self.sums = torch.empty((3, blocks * BLOCK), dtype=torch.int32)
+        self.counts = torch.zeros(2 * VALUES, dtype=torch.int64) if statistics else None
+
+    def round(self, source: torch.Tensor, target: torch.Tensor, first_block: int) -> None:
+        """Write the codes of one chunk, which begins at `first_block`, to `target`."""
+        n, table = source.numel(), self.table
+        index, entries, sums = self.index[:n], self.entries[:n], self.sums[:n]
+        index.copy_(source.view(torch.uint16))
+        if table.task.rounding.stochastic:
+            torch.index_select(table.entries, 0, index, out=entries)
+            self._add_words(first_block, -(-n // BLOCK))
+            if self.counts is not None:
+                index.bitwise_or_(torch.bitwise_and(sums, ONE, out=entries))  # the code's last bit
+            target.copy_(sums.bitwise_right_shift_(FRACTION_BITS))
+        else:
+            torch.index_select(table.entries, 0, index, out=target)
+        if self.counts is not None:
+            self.counts += torch.bincount(index, minlength=2 * VALUES)
+
+    def _add_words(self, first_block: int, blocks: int) -> None:
+        combine = torch.sub if self.table.task.rounding.complements_words else torch.add
+        entries, sums = (x[: blocks * BLOCK].view(blocks, 2, LANE) for x in (self.entries, self.sums))
+        for lane, words in enumerate(self.words.fill(first_block, blocks)):
+            combine(entries[:, lane], words, out=sums[:, lane])
+
+    @staticmethod
+    def statistics(workers: list[Lookup]) -> ErrorStatistics:
+        table, counts = workers[0].table, sum(worker.counts for worker in workers)
+        return merge(_measure(table, counts, last_bit) for last_bit, counts in enumerate(counts.view(2, VALUES)))
+
+
+def _measure(table: Table, counts: torch.Tensor, last_bit: int) -> ErrorStatistics:
+    """Statistics of all elements whose codes end in this bit. counts: int64 (VALUES,), by the element's value."""
+    task, values = table.task, counts.nonzero().squeeze(1)
+    positions = code_positions(table.scaled[values], task.format, FRACTION_BITS)
+    original, codes = table.values[values].double(), table.codes(values, last_bit)
+    return measure(original, codes, positions, task.scale, task.amax, task.format, counts[values])

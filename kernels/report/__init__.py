@@ -1,0 +1,1 @@
+"""What a quantization did: the report, as plain data and as tables."""

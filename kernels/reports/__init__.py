@@ -1,1 +1,0 @@
-"""What a quantization did, and what another would do, as plain data and tables."""

@@ -1,0 +1,1 @@
+"""Which layers are quantized: model families, presets, patterns and reasons."""

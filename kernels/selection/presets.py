@@ -1,0 +1,313 @@
+"""Model families: how to tell one by its keys, and which of its layers are best kept in high precision.
+
+Key names were read off ComfyUI's own detection (comfy/model_detection.py and comfy/sd.py, 0.3.75 to 0.33.0).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..files.header import TensorInfo
+
+DIFFUSION, TEXT_ENCODER, UNTOUCHED = "diffusion model", "text encoder", "untouched"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One family. `keep` holds patterns (see layers.py); `detect` holds alternatives, each a set of keys with, where
+    the name alone does not decide, the size of their first dimension.
+    """
+
+    title: str
+    kind: str
+    keep: tuple[str, ...] = ()
+    detect: tuple[Mapping[str, int | None], ...] = ()
+    reason: str = ""
+    """For UNTOUCHED: why nothing of it is quantized."""
+
+
+def _any_of(*alternatives: str) -> tuple[dict[str, None], ...]:
+    """Alternatives in one line each: keys that must all be there, separated by spaces."""
+    return tuple(dict.fromkeys(keys.split()) for keys in alternatives)
+
+
+_CLIP = "ComfyUI has no FP8 detection for CLIP-L, CLIP-G and CLIP-H: quantized, they would give silently wrong images"
+_NO_DETECTION = "ComfyUI has no FP8 detection for this text encoder"
+
+PRESETS = {
+    "flux": Preset(
+        "Flux, Flux.2",
+        DIFFUSION,
+        ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer", "*stream_modulation*"),
+        _any_of(
+            "double_stream_modulation_img.lin.weight",
+            "double_blocks.0.img_attn.norm.key_norm.scale img_in.weight time_in.in_layer.weight",
+            "double_blocks.0.img_attn.norm.key_norm.weight img_in.weight time_in.in_layer.weight",
+        ),
+    ),
+    "chroma": Preset(
+        "Chroma",
+        DIFFUSION,
+        ("distilled_guidance_layer", "img_in", "txt_in", "final_layer"),
+        _any_of(
+            "distilled_guidance_layer.norms.0.scale",
+            "distilled_guidance_layer.norms.0.weight",
+            "distilled_guidance_layer.0.norms.0.scale",
+            "distilled_guidance_layer.0.norms.0.weight",
+        ),
+    ),
+    "qwen_image": Preset(
+        "Qwen-Image",
+        DIFFUSION,
+        ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out", "transformer_blocks.0.img_mod.1"),
+        _any_of("txt_norm.weight transformer_blocks.0.img_mod.1.weight"),
+    ),
+    "wan": Preset(
+        "Wan 2.x",
+        DIFFUSION,
+        (
+            "patch_embedding",
+            "text_embedding",
+            "time_embedding",
+            "time_projection",
+            "img_emb",
+            "head",
+            "face_adapter",
+            "face_encoder",
+            "motion_encoder",
+            "audio_injector",
+            "casual_audio_encoder",
+            "audio_proj",
+        ),
+        _any_of("head.modulation"),
+    ),
+    "lumina2": Preset(
+        "Z-Image, Lumina 2",
+        DIFFUSION,
+        (
+            "x_embedder",
+            "cap_embedder",
+            "t_embedder",
+            "adaLN_modulation",
+            "final_layer",
+            "context_refiner",
+            "noise_refiner",
+        ),
+        _any_of("cap_embedder.1.weight noise_refiner.0.attention.k_norm.weight"),
+    ),
+    "ltxv": Preset(
+        "LTX-Video",
+        DIFFUSION,
+        (
+            "adaln_single",
+            "patchify_proj",
+            "proj_out",
+            "caption_projection",
+            "*connector*",
+            "transformer_blocks.0",
+            "transformer_blocks.1",
+            "transformer_blocks.-2",
+            "transformer_blocks.-1",
+        ),
+        _any_of("adaln_single.emb.timestep_embedder.linear_1.bias patchify_proj.weight"),
+    ),
+    "sd3": Preset(
+        "SD3, SD3.5",
+        DIFFUSION,
+        ("x_embedder", "y_embedder", "t_embedder", "context_embedder", "adaLN_modulation", "final_layer"),
+        _any_of("joint_blocks.0.context_block.attn.qkv.weight"),
+    ),
+    "hunyuan_video": Preset(
+        "HunyuanVideo",
+        DIFFUSION,
+        (
+            "img_in",
+            "txt_in",
+            "time_in",
+            "vector_in",
+            "guidance_in",
+            "byt5_in",
+            "vision_in",
+            "time_r_in",
+            "final_layer",
+            "img_mod",
+            "txt_mod",
+            "modulation",
+        ),
+        _any_of("txt_in.individual_token_refiner.blocks.0.norm1.weight"),
+    ),
+    "hidream": Preset(
+        "HiDream",
+        DIFFUSION,
+        ("x_embedder", "t_embedder", "p_embedder", "caption_projection", "final_layer", "ff_i.gate"),
+        _any_of("caption_projection.0.linear.weight"),
+    ),
+    "sdxl": Preset("SDXL, SD 1.x", DIFFUSION, ("time_embed", "label_emb"), _any_of("input_blocks.0.0.weight")),
+    "t5xxl": Preset(
+        "T5-XXL, UMT5-XXL",
+        TEXT_ENCODER,
+        ("shared", "embed_tokens", "relative_attention_bias", "final_layer_norm", "lm_head"),
+        (
+            {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": 10240},
+            {"encoder.block.23.layer.1.DenseReluDense.wi.weight": None},
+        ),
+    ),
+    "llm": Preset(
+        "LLM text encoders",
+        TEXT_ENCODER,
+        ("embed_tokens", "model.norm", "lm_head", "visual", "vision_model", "multi_modal_projector"),
+        _any_of(
+            "model.layers.0.self_attn.k_proj.weight model.layers.0.post_attention_layernorm.weight",
+            "model.language_model.layers.0.input_layernorm.weight",
+        ),
+    ),
+    "clip": Preset(
+        "CLIP-L, CLIP-G, CLIP-H",
+        UNTOUCHED,
+        detect=_any_of(
+            "text_model.encoder.layers.0.mlp.fc1.weight",
+            "transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+            "transformer.resblocks.0.ln_1.weight",
+            "model.transformer.resblocks.0.ln_1.weight",
+            "vision_model.encoder.layers.0.mlp.fc1.weight",
+        ),
+        reason=_CLIP,
+    ),
+    "other_text_encoder": Preset(
+        "T5-base, T5-XL, ByT5 and other text encoders",
+        UNTOUCHED,
+        detect=_any_of(
+            "encoder.block.0.layer.0.SelfAttention.k.weight",
+            "model.encoder.layers.0.mixer.Wqkv.weight",
+            "model.encoder.layers.0.pre_self_attn_layernorm.weight",
+            "layers.0.self_attn.sinks",
+        ),
+        reason=_NO_DETECTION,
+    ),
+    "vae": Preset(
+        "VAE",
+        UNTOUCHED,
+        detect=_any_of("decoder.conv_in.weight", "decoder.conv1.weight", "taesd_decoder.1.weight"),
+        reason="a VAE is never quantized",
+    ),
+    "unknown": Preset("unknown", DIFFUSION, ("*embed*", "*norm*", "*head*", "*modulation*", "*_mod")),
+}
+"""family -> Preset."""
+
+FAMILIES = tuple(family for family, preset in PRESETS.items() if preset.kind != UNTOUCHED)
+"""Families of which something may be quantized."""
+
+_DIFFUSION_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
+_VAE_PREFIXES = ("first_stage_model.", "vae.", "pretransform.model.")
+_TEXT_ENCODER_PREFIX = re.compile(
+    r"text_encoders\.[^.]+\.transformer\.|text_encoders?\.|cond_stage_model\.|conditioner\.embedders\.\d+\."
+)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network in a file: all keys that start with `prefix` (and with no longer one)."""
+
+    prefix: str
+    family: str
+
+    @property
+    def preset(self) -> Preset:
+        return PRESETS[self.family]
+
+
+class Components:
+    """The networks that a set of tensors holds: one, or those of an all-in-one checkpoint."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]):
+        self.main = _main_component(tensors)
+        self.others = tuple(_other_components(tensors, self.main.prefix))
+
+    @cached_property
+    def all(self) -> tuple[Component, ...]:
+        return (self.main, *self.others)
+
+    @property
+    def all_in_one(self) -> bool:
+        """Whether layer names in the file carry a prefix."""
+        return bool(self.main.prefix)
+
+    def of(self, key: str) -> Component | None:
+        """The component that a tensor belongs to; None for one outside of all, e.g. a training state."""
+        for component in self.others:
+            if key.startswith(component.prefix):
+                return component
+        return self.main if key.startswith(self.main.prefix) else None
+
+    def prefix_of(self, key: str) -> str:
+        """The prefix of a tensor's component, or ""."""
+        component = self.of(key)
+        return component.prefix if component else ""
+
+
+def detect_family(tensors: Mapping[str, TensorInfo], prefix: str = "", kinds: tuple[str, ...] = ()) -> str:
+    """The family of the network under `prefix`, among those of the given kinds (all by default), or "unknown"."""
+    for family, preset in PRESETS.items():
+        if (not kinds or preset.kind in kinds) and any(_present(keys, tensors, prefix) for keys in preset.detect):
+            return family
+    return "unknown"
+
+
+def _present(keys: Mapping[str, int | None], tensors: Mapping[str, TensorInfo], prefix: str) -> bool:
+    found = [(tensors.get(prefix + key), size) for key, size in keys.items()]
+    return all(info is not None and size in (None, *info.shape[:1]) for info, size in found)
+
+
+def _main_component(tensors: Mapping[str, TensorInfo]) -> Component:
+    for prefix in _DIFFUSION_PREFIXES:
+        family = detect_family(tensors, prefix, (DIFFUSION,))
+        if family != "unknown":
+            return Component(prefix, family)
+    family = detect_family(tensors)
+    if family != "unknown":
+        return Component("", family)
+    return Component(_unknown_prefix(tensors), "unknown")
+
+
+def _unknown_prefix(tensors: Mapping[str, TensorInfo]) -> str:
+    """ComfyUI's rule: the prefix that more than five keys share; `model.` only beside a VAE or a text encoder."""
+    counts = {prefix: sum(key.startswith(prefix) for key in tensors) for prefix in _DIFFUSION_PREFIXES[:4]}
+    prefix = max(counts, key=counts.__getitem__)
+    if counts[prefix] > 5:
+        return prefix
+    beside = any(key.startswith(_VAE_PREFIXES) or _TEXT_ENCODER_PREFIX.match(key) for key in tensors)
+    return "model." if beside and any(key.startswith("model.") for key in tensors) else ""
+
+
+def _other_components(tensors: Mapping[str, TensorInfo], main_prefix: str):
+    prefixes = {match.group() for key in tensors if (match := _TEXT_ENCODER_PREFIX.match(key))}
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        family = detect_family(tensors, prefix, (TEXT_ENCODER, UNTOUCHED))
+        yield Component(prefix, "other_text_encoder" if family == "unknown" else family)
+    for prefix in _VAE_PREFIXES:
+        if prefix != main_prefix and any(key.startswith(prefix) for key in tensors):
+            yield Component(prefix, "vae")
+
+
+_DIFFUSERS = {
+    "Flux or another double-stream model": "single_transformer_blocks.0.",
+    "AuraFlow": "joint_transformer_blocks.0.",
+    "Z-Image or Lumina 2": "noise_refiner.0.attention.norm_k.",
+    "SD3": "pos_embed.proj.weight transformer_blocks.0.attn.add_q_proj.",
+    "PixArt": "pos_embed.proj.weight transformer_blocks.0.attn1.to_q.",
+    "Wan": "condition_embedder.time_embedder.linear_1. blocks.0.attn1.to_q.",
+    "LTX-Video": "time_embed.emb.timestep_embedder. transformer_blocks.0.attn1.to_q.",
+    "SD 1.x or SDXL": "conv_in.weight down_blocks.0.resnets.0.conv1.",
+}
+"""Models in the diffusers layout -> starts of keys that all occur in it, separated by spaces."""
+
+
+def diffusers_model(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Which model this is if its keys follow the diffusers layout, of which ComfyUI's loader drops the scales."""
+    for model, starts in _DIFFUSERS.items():
+        if all(any(key.startswith(start) for key in tensors) for start in starts.split()):
+            return model
+    return None

@@ -1,0 +1,1 @@
+"""Scaled FP8 state dicts: written to a file, read, verified and repaired."""
