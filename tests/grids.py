@@ -1,4 +1,4 @@
-"""What ml_dtypes and numpy say about the FP8 grids: the oracle of the rounding tests, sharing no code with the pack."""
+"""The FP8 grids from ml_dtypes and numpy: the oracle of the rounding tests. Shares no code with the pack."""
 
 import ml_dtypes
 import numpy as np
@@ -13,26 +13,26 @@ def decode(codes, format):
 
 
 def magnitudes(format):
-    """All finite magnitudes in code order, float64: the k-th has code k."""
+    """All finite magnitudes, float64, in code order: entry k has code k."""
     values = decode(np.arange(128), format)
     return values[np.isfinite(values)]
 
 
 def bracket(values, format):
-    """(code below, value below, value above) of each |value|, float64; the largest value is its own bracket's end."""
+    """(code below, value below, value above) of each |value|, float64. The largest value is the top of its bracket."""
     grid = magnitudes(format)
     below = np.minimum(np.searchsorted(grid, np.abs(values), side="right") - 1, len(grid) - 2)
     return below, grid[below], grid[below + 1]
 
 
 def position(values, format):
-    """The code-space position of each |value|, exact in float64 for in-range values of up to 24 bits."""
+    """The code-space position of each |value|: exact in float64 for values in range of up to 24 significant bits."""
     below, low, high = bracket(values, format)
     return below + (np.abs(values) - low) / (high - low)
 
 
 def nearest_codes(values, format):
-    """ml_dtypes' round-to-nearest-even codes of float32 values, clamped to the format's range first."""
+    """Codes of float32 values, clamped to the format's range and rounded to nearest even by ml_dtypes."""
     return np.clip(values, -LARGEST[format], LARGEST[format]).astype(ML_DTYPES[format]).view(np.uint8)
 
 

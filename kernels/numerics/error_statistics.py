@@ -1,11 +1,12 @@
-"""Error statistics of a quantized tensor: exact counts, float64 sums, small histograms, all mergeable."""
+"""Error statistics of a quantized tensor: exact counts, float64 sums and small histograms, all mergeable."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -15,48 +16,48 @@ from .rounding import FRACTION_BITS, ONE
 STEP_BINS = 81
 STEP_BIN_BITS = 11
 STEP_BIN_WIDTH = 2**STEP_BIN_BITS / ONE
-"""`step_histogram` counts errors in steps of the local FP8 grid, in bins of 1/32 step, the middle one centred on 0.
-What lies beyond +-1.27 steps (saturated values) is counted in the outermost bins."""
+"""`step_histogram` counts errors in steps of the local FP8 grid. Bins are 1/32 step wide; the middle one is centred on
+0. Errors beyond +-1.27 steps (saturated values) are counted in the outermost bins."""
 
 RELATIVE_BINS = 64
 RELATIVE_OCTAVES = 32
-"""`relative_histogram` counts |error| / amax in two bins an octave, with edges 2^k and 1.5 * 2^k, from 2^-32 to 1.
-Unchanged values are not in it: they are counted in `exact`."""
+"""`relative_histogram` counts |error| / amax in two bins per octave, with edges 2^k and 1.5 * 2^k, from 2^-32 to 1.
+Unchanged values are left out; `exact` counts them."""
 
 _ADDED = ("count", "sum_error", "sum_squared_error", "sum_squared", "saturated", "flushed", "exact")
 
 SQUARES_FIT = 1e-12, 1e15
-"""Of weights whose amax lies between these, sums of squares and of squared errors fit into fp32; of 0 they do, too."""
+"""Range of amax for which sums of squares and of squared errors fit into fp32 (0 always does)."""
 
 SAMPLES = 128
-"""How many (original, dequantized) pairs a tensor keeps for scatter plots: a few kB, for the sake of 10,000 layers."""
+"""(original, dequantized) pairs per tensor, for scatter plots. A few kB each, which is acceptable for 10,000 layers."""
 
 
 @dataclass(frozen=True)
 class ErrorStatistics:
-    """What quantizing did to `count` numbers. Plain data: JSON-able, no tensors.
+    """The errors of `count` quantized numbers. Plain data that JSON can hold; no tensors.
 
-    Errors are signed, dequantized minus original, in the units of the original tensor.
+    An error is dequantized minus original, in the units of the original tensor.
     """
 
     count: int = 0
     sum_error: float = 0.0
     sum_squared_error: float = 0.0
     sum_squared: float = 0.0
-    """Sum of the squared original values: the signal power of SQNR."""
+    """Sum of the squared original values: count times the signal power of SQNR."""
     max_error: float = 0.0
     """Largest absolute error."""
     amax: float = 0.0
     saturated: int = 0
-    """Values beyond the largest finite one of the format."""
+    """Values beyond the largest finite FP8 value."""
     flushed: int = 0
     """Non-zero values that became zero."""
     exact: int = 0
     """Values that did not change."""
     step_histogram: tuple[int, ...] = (0,) * STEP_BINS
-    """Counts of the error in steps of the local FP8 grid: see STEP_BINS."""
+    """Errors in steps of the local FP8 grid; see STEP_BINS."""
     relative_histogram: tuple[int, ...] = (0,) * RELATIVE_BINS
-    """Counts of |error| / amax of its own tensor: see RELATIVE_BINS."""
+    """|error| / amax of the value's own tensor; see RELATIVE_BINS."""
     samples: tuple[tuple[float, float], ...] = ()
     """Up to SAMPLES pairs (original, dequantized), evenly spaced over the tensor."""
 
@@ -76,65 +77,47 @@ class ErrorStatistics:
 
     @property
     def relative_rmse(self) -> float:
-        """RMSE over the RMS of the original: 0 for an exact copy, also of an all-zero tensor."""
+        """RMSE over the RMS of the original; 0 for an exact copy and for an all-zero tensor."""
         return self.rmse / self.rms if self.rms else 0.0
 
     @property
     def sqnr(self) -> float:
-        """Signal-to-quantization-noise ratio in dB; infinite where nothing was lost."""
+        """Signal-to-quantization-noise ratio in dB; infinite if no value changed."""
         if not self.sum_squared_error:
             return math.inf
         return 10 * math.log10(self.sum_squared / self.sum_squared_error) if self.sum_squared else -math.inf
 
-    def __add__(self, other: ErrorStatistics) -> ErrorStatistics:
-        return merge((self, other))
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict) -> ErrorStatistics:
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in data.items() if name in known}
-        for name in ("step_histogram", "relative_histogram"):
-            values[name] = tuple(values[name])
-        values["samples"] = tuple((x, y) for x, y in values["samples"])
-        return cls(**values)
-
 
 def merge(parts: Iterable[ErrorStatistics]) -> ErrorStatistics:
-    """The statistics of all the given sets of numbers together; `samples` are thinned evenly to SAMPLES."""
+    """The statistics of all parts together; `samples` are thinned evenly to SAMPLES."""
     parts = tuple(parts) or (ErrorStatistics(),)
     if len(parts) == 1:
         return parts[0]
-    totals = {name: sum(getattr(part, name) for part in parts) for name in _ADDED}
-    largest = {name: max(getattr(part, name) for part in parts) for name in ("max_error", "amax")}
-    histograms = {
-        name: tuple(map(sum, zip(*(getattr(part, name) for part in parts), strict=True)))
-        for name in ("step_histogram", "relative_histogram")
-    }
+    merged: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _ADDED}
+    merged |= {name: max(getattr(part, name) for part in parts) for name in ("max_error", "amax")}
+    for name in ("step_histogram", "relative_histogram"):
+        merged[name] = tuple(map(sum, zip(*(getattr(part, name) for part in parts), strict=True)))
     samples = [pair for part in parts for pair in part.samples]
-    thinned = tuple(samples[i] for i in evenly_spaced(len(samples)))
-    return ErrorStatistics(**totals, **largest, **histograms, samples=thinned)
+    return ErrorStatistics(**merged, samples=tuple(samples[i] for i in evenly_spaced(len(samples))))
 
 
 def step_bin_edges() -> list[float]:
-    """The STEP_BINS + 1 edges of `step_histogram`, in steps of the local FP8 grid."""
+    """The STEP_BINS + 1 bin edges of `step_histogram`, in steps of the local FP8 grid."""
     return [(i - STEP_BINS / 2) * STEP_BIN_WIDTH for i in range(STEP_BINS + 1)]
 
 
 def relative_bin_edges() -> list[float]:
-    """The RELATIVE_BINS + 1 edges of `relative_histogram`, as |error| / amax."""
+    """The RELATIVE_BINS + 1 bin edges of `relative_histogram`, as |error| / amax."""
     return [2.0 ** (i // 2 - RELATIVE_OCTAVES) * (1 + i % 2 / 2) for i in range(RELATIVE_BINS + 1)]
 
 
 def squares_fit(amax: float) -> bool:
-    """Whether fp32 holds the sums that error statistics are made of."""
+    """Whether the sums of squares of a tensor with this amax fit into fp32."""
     return not amax or SQUARES_FIT[0] <= amax <= SQUARES_FIT[1]
 
 
 class Scratch:
-    """Buffers for `measure`, reused from chunk to chunk: fresh memory would cost several times the arithmetic."""
+    """Buffers for `measure`, reused for every chunk. New memory would take several times as long as the arithmetic."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.integers = torch.empty((2, size), dtype=torch.int32, device=device)
@@ -147,16 +130,16 @@ def measure(
     positions: torch.Tensor,
     scale: torch.Tensor,
     amax: float,
-    format: Float8Format,
+    float8: Float8Format,
     counts: torch.Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> ErrorStatistics:
-    """The statistics, without samples, of some numbers; each counted `counts` times.
+    """The statistics of some numbers, without samples; each number counts `counts` times.
 
-    original: fp32 or fp64 (n,), n <= 2^24, finite, in which the errors are computed before they are summed in fp64;
-    fp32 is widened if it is out of reach of fp32's squares.
-    codes: uint8 (n,). positions: int32 (n,), the unsigned code-space positions with 16 fraction bits, unsaturated;
-    overwritten. counts: int64 (n,) or None for once each. scratch: of original's dtype and device, n or more long.
+    original: fp32 or fp64 (n,), n <= 2^24, finite. Errors are computed in this dtype; fp32 is widened to fp64 if its
+    squares would not fit (see SQUARES_FIT). codes: uint8 (n,). positions: int32 (n,), code-space positions of the
+    magnitudes with 16 fraction bits, unsaturated; overwritten. scale: fp32, 0-dim. counts: int64 (n,), or None for once
+    each. scratch: same dtype and device as original, at least n long.
     """
     n = len(original)
     if not n:
@@ -166,7 +149,7 @@ def measure(
     scratch = scratch or Scratch(n, original.dtype, original.device)
     code, sign = (buffer[:n] for buffer in scratch.integers)
     dequantized, error, terms = (buffer[:n] for buffer in scratch.floats)
-    values = (_values(format, codes.device) * scale).to(original.dtype)
+    values = (_values(float8, codes.device) * scale).to(original.dtype)
     torch.index_select(values, 0, code.copy_(codes), out=dequantized)
     torch.sub(dequantized, original, out=error)
     low, high = torch.aminmax(error)
@@ -176,7 +159,7 @@ def measure(
     sum_squared_error = _sum(torch.mul(error, error, out=terms), counts)
     sum_squared = _sum(torch.mul(original, original, out=terms), counts)
     step_bins = _step_bins(code, positions, sign)
-    last = format.max_code << FRACTION_BITS
+    last = float8.max_code << FRACTION_BITS
     saturated = _count_nonzero(positions.sub_(last).clamp_(min=0), counts, terms) if positions.max() > last else 0
     relative_bins = _relative_bins(torch.div(error, amax or 1.0, out=terms))
     bins = step_bins.mul_(RELATIVE_BINS).add_(relative_bins)
@@ -199,12 +182,12 @@ def measure(
 
 
 @lru_cache(maxsize=16)
-def _values(format: Float8Format, device: torch.device) -> torch.Tensor:
-    return torch.tensor(format.values, device=device)
+def _values(float8: Float8Format, device: torch.device) -> torch.Tensor:
+    return torch.tensor(float8.values, dtype=torch.float32, device=device)
 
 
 def _step_bins(code: torch.Tensor, positions: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """Bin of each error in local grid steps, in place of `code`: the distance in code space, with the value's sign."""
+    """The bin of each error in steps: the distance in code space with the value's sign. Overwrites all arguments."""
     torch.bitwise_right_shift(code, 7, out=sign).mul_(-2).add_(1)
     steps = code.bitwise_and_(0x7F).bitwise_left_shift_(FRACTION_BITS).sub_(positions).mul_(sign)
     middle = (STEP_BINS << STEP_BIN_BITS) // 2
@@ -212,17 +195,17 @@ def _step_bins(code: torch.Tensor, positions: torch.Tensor, sign: torch.Tensor) 
 
 
 def _relative_bins(relative: torch.Tensor) -> torch.Tensor:
-    """Bin of each error / amax, in its place: two bins an octave are the fp32 exponent and the first mantissa bit."""
+    """The bin of each error / amax: the fp32 exponent and the first mantissa bit. Overwrites `relative`."""
     lowest = 2 * (127 - RELATIVE_OCTAVES)
     bits = relative.abs_().float().view(torch.int32)
     return bits.bitwise_right_shift_(22).sub_(lowest).clamp_(0, RELATIVE_BINS - 1)
 
 
 def _sum(x: torch.Tensor, counts: torch.Tensor | None) -> float:
-    """Sum of x, each term `counts` times.
+    """The sum of x, each term `counts` times.
 
-    Without counts in x's dtype: torch's pairwise summation keeps fp32 within 1e-6 of the sum of magnitudes for any
-    chunk, and chunks are added in fp64.
+    Without counts the sum is in x's dtype: torch sums pairwise, which keeps fp32 within 1e-6 of the sum of magnitudes
+    for any chunk. Chunks are added in fp64.
     """
     return float(x.sum() if counts is None else x.double() @ counts.double())
 
@@ -230,10 +213,10 @@ def _sum(x: torch.Tensor, counts: torch.Tensor | None) -> float:
 def _count_nonzero(x: torch.Tensor, counts: torch.Tensor | None, scratch: torch.Tensor) -> int:
     if counts is not None:
         return int(counts[x != 0].sum())
-    # Comparisons are several times as fast written as floats as they are as bool; fp32 counts exactly up to 2^24.
+    # Writing comparisons as floats is several times faster than as bool. fp32 counts exactly up to 2^24.
     return int(torch.ne(x, 0, out=scratch).sum())
 
 
 def evenly_spaced(n: int, limit: int = SAMPLES) -> list[int]:
-    """At most `limit` indices out of 0..n-1, the first included."""
+    """At most `limit` evenly spaced indices in 0..n-1, starting with 0."""
     return list(range(n)) if n <= limit else [i * n // limit for i in range(limit)]

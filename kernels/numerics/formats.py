@@ -1,4 +1,4 @@
-"""The two FP8 formats, as data: every constant is derived from three numbers."""
+"""The two FP8 formats as data. Three numbers define a format; every other constant follows from them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 @dataclass(frozen=True)
 class Float8Format:
-    """A sign-magnitude 8-bit float whose seven magnitude bits count up with the value.
+    """An 8-bit float: one sign bit and seven magnitude bits, which count up with the value.
 
-    So the next representable neighbour of a code is that code plus or minus one.
+    The next representable neighbour of a code is therefore that code plus or minus one.
     Source: Micikevicius et al., FP8 Formats for Deep Learning (2022), table 1.
     """
 
     name: str
-    """The name of the torch dtype."""
+    """Name of the torch dtype."""
     mantissa_bits: int
     exponent_bias: int
     max_code: int
@@ -26,11 +26,12 @@ class Float8Format:
 
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(torch, self.name)
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
 
     @property
     def quantum(self) -> float:
-        """The smallest subnormal: the absolute grid step around zero."""
+        """The smallest subnormal, which is the grid step around zero."""
         return math.ldexp(1.0, 1 - self.exponent_bias - self.mantissa_bits)
 
     @property
@@ -44,11 +45,11 @@ class Float8Format:
 
     @cached_property
     def values(self) -> tuple[float, ...]:
-        """The value of each of the 256 codes, NaN and infinities included."""
+        """The values of all 256 codes, including NaN and infinities."""
         return tuple(self.decode(code) for code in range(256))
 
     def decode(self, code: int) -> float:
-        """The value of one code in 0..255."""
+        """The value of one code. Raises ValueError unless 0 <= code <= 255."""
         if not 0 <= code <= 0xFF:
             raise ValueError(f"{code} is not a code of {self.name}: codes run from 0 to 255")
         sign = -1.0 if code & 0x80 else 1.0
@@ -63,4 +64,4 @@ class Float8Format:
 E4M3FN = Float8Format("float8_e4m3fn", mantissa_bits=3, exponent_bias=7, max_code=0x7E)
 E5M2 = Float8Format("float8_e5m2", mantissa_bits=2, exponent_bias=15, max_code=0x7B)
 
-FORMATS = {format.name: format for format in (E4M3FN, E5M2)}
+FORMATS = {float8.name: float8 for float8 in (E4M3FN, E5M2)}

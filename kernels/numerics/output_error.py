@@ -1,4 +1,4 @@
-"""What rounding a layer's weight does to the layer's output, as far as a calibration can tell."""
+"""The error that rounding a weight causes in its layer's output, predicted from a calibration."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 
 @dataclass(frozen=True)
 class OutputError:
-    """Error of the output relative to the output, both RMS, on the inputs of a calibration: √(tr E H Eᵀ / tr W H Wᵀ).
+    """RMS error of a layer's output over the RMS of the output, on recorded inputs: √(tr E H Eᵀ / tr W H Wᵀ).
 
-    W is the weight, E what rounding adds to it, H the second moment of the inputs. Predicted on a sample of the
-    outputs where there are thousands.
+    W is the weight, E its rounding error, H the second moment of the inputs. Layers with thousands of outputs are
+    predicted from a sample of them.
     """
 
     rows: int
-    """Rows of inputs that the prediction rests on."""
+    """Rows of recorded inputs."""
     nearest: float
-    """What rounding to nearest would do, at its own scale."""
+    """Error of rounding to nearest, at its own scale."""
     chosen: float
-    """What the chosen codes do: never above `nearest`."""
+    """Error of the chosen codes; never above `nearest`."""
 
 
 def relative_output_error(original: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:
-    """√(tr E H Eᵀ / tr W H Wᵀ) of a weight (out, in) that was rounded; 0 where the output is all zero.
+    """√(tr E H Eᵀ / tr W H Wᵀ) of a rounded weight (out, in); 0 if the output is all zero.
 
     moment: LayerCalibration.moment(), on the weight's device.
     """
@@ -34,6 +34,6 @@ def relative_output_error(original: torch.Tensor, rounded: torch.Tensor, moment:
 
 
 def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
-    """tr W H Wᵀ: the mean square of what a weight (out, in) puts out, summed over the outputs."""
+    """tr W H Wᵀ: the mean square of the outputs of a weight (out, in), summed over the outputs."""
     parts = weight.float().reshape(len(weight), *moment.shape[:2]).transpose(0, 1)
     return max(float((parts @ moment * parts).sum(dtype=torch.float64)), 0.0)

@@ -1,4 +1,4 @@
-"""tensor -> scale -> round -> encode, and back."""
+"""tensor -> scale -> round -> encode, and back: quantize_tensor and dequantize_tensor."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ import torch
 
 from ..choices import choose
 from ..errors import NonFiniteError, UnsupportedDtypeError
-from .backends import Task, choose_backend
+from .backends import Backend, Task, choose_backend
 from .error_statistics import ErrorStatistics, evenly_spaced, merge
-from .formats import FORMATS, Float8Format
-from .memory import slices, with_enough_memory
+from .formats import FORMATS
 from .output_error import OutputError
+from .placement import Placement, Slices
 from .random_bits import BLOCK, stream_from, stream_key
 from .rounding import ROUNDINGS
-from .scaling import SCALINGS, Scaling, amax_to_scale
-from .transfers import Send, copy, to_device
+from .scaling import SCALINGS, amax_to_scale
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor in scaled FP8: dequantized values are `codes * scale`."""
+    """A tensor in scaled FP8. Dequantized values are `codes * scale`."""
 
     codes: torch.Tensor
-    """float8, of the source's shape, contiguous, on its device unless quantize_tensor was told otherwise."""
+    """float8, contiguous, in the source's shape; on the source's device unless the Placement left them elsewhere."""
     scale: torch.Tensor
     """fp32, 0-dim, on the codes' device."""
     amax: float
     error: ErrorStatistics | None = None
     output_error: OutputError | None = None
-    """Of the layer's output, where the rounding was calibrated."""
+    """Predicted error of the layer's output; calibrated rounding only."""
 
 
 def quantize_tensor(
@@ -48,63 +47,64 @@ def quantize_tensor(
     key: str = "",
     statistics: bool = False,
     device: torch.device | str | None = None,
-    out: torch.Tensor | None = None,
-    bring_back: bool = True,
-    send: Send = to_device,
+    placement: Placement | None = None,
 ) -> QuantizedTensor:
     """Quantize a tensor to scaled FP8. The bytes depend on the values and arguments alone, not on device or strides.
 
-    x: float of 16, 32 or 64 bits, any shape and strides; empty gives no codes and scale 1, all-zero gives zeros and
-    scale 1; -0.0 keeps its sign; values beyond the format's range saturate (only with scaling "none").
+    x: float of 16, 32 or 64 bits, any shape and strides. An empty tensor gives no codes and scale 1. An all-zero tensor
+    gives zeros and scale 1. -0.0 keeps its sign. Values beyond the format's range saturate (only with scaling "none").
     format, rounding, scaling: keys of FORMATS, ROUNDINGS, SCALINGS. seed: 0..2^64-1.
-    key: the tensor key (bare ComfyUI layer name + ".weight"), which with the seed decides the random words.
-    device: where to compute, as far as its memory goes; the result returns to x's device, unless bring_back is False.
-    Default: where x is.
-    out: memory for codes on x's device, contiguous uint8 (x.numel() or more,). Default: memory of their own, which
-    costs more, since the operating system clears every page. bring_back: False leaves the result on the GPU that
-    computed it, if it has the memory for all of it, so that it can be fetched while the next tensor is computed.
-    send: how x gets to the device, where an Ahead may have sent it already.
+    key: the tensor key (bare ComfyUI layer name + ".weight"). It selects the random words, together with the seed.
+    statistics: whether to measure the errors.
+    device: where to compute; the codes return to x's device. Short for Placement(device). None: where x is. With too
+    little memory it falls back to smaller slices, then to the CPU.
+    placement: device, staging buffer and transfers, for callers that overlap them.
 
-    Raises ValueError for an unknown choice or memory that does not do, TypeError for a dtype that is no plain float,
-    NonFiniteError for NaN or infinite values (fp64 values beyond fp32's range included).
+    Raises ValueError for an unknown choice or an unsuitable staging buffer; TypeError for a dtype that is not
+    floating-point, or if both `device` and `placement` are given; NonFiniteError for NaN or infinite values (including
+    fp64 values beyond fp32's range).
     """
+    if device is not None and placement is not None:
+        raise TypeError("give either `device` or `placement`, not both: Placement has a `device` of its own")
     float8 = choose(FORMATS, format, "format")
     method = choose(ROUNDINGS, rounding, "rounding")
     scaler = choose(SCALINGS, scaling, "scaling")
-    flat, stream = _flat(x, key), stream_key(seed, rounding, key)
-    _check_memory(out, flat, key)
+    flat, stream = flatten(x, key), stream_key(seed, rounding, key)
 
-    def quantize(device: torch.device, slice_size: int) -> QuantizedTensor:
-        parts = slices(flat, device, slice_size, send)
-        amax = _amax(parts, flat, key)
+    def quantize(slices: Slices) -> QuantizedTensor:
+        backend = choose_backend(slices.device)
+        amax = find_amax(slices, backend, key)
         scale = amax_to_scale(amax, float8, scaler)
-        stays = not bring_back and device.type == "cuda" and slice_size >= flat.numel()
-        home = device if stays else flat.device
-        given = out is not None and out.device == home
-        codes = out[: flat.numel()] if given else torch.empty(flat.shape, dtype=torch.uint8, device=home)
         errors = []
-        for start, part in parts:
-            target = codes[start : start + part.numel()]
-            made = target if part.device == target.device else torch.empty_like(target, device=part.device)
+        for start, part, codes in slices.with_codes():
             task = Task(scale, amax, float8, method, stream_from(stream, start // BLOCK))
-            errors.append(choose_backend(part).round_tensor(part, made, task, statistics))
-            if made is not target:
-                copy(made, target)
-        return finish(x, flat, codes.view(float8.dtype), scale, amax, merge(errors) if statistics else None)
+            errors.append(backend.quantize_slice(part, codes, task, statistics))
+        error = merge(each for each in errors if each) if statistics else None
+        return build_result(x, flat, slices.codes.view(float8.dtype), scale, amax, error)
 
-    return with_enough_memory(quantize, torch.device(device or x.device), flat.numel(), key)
-
-
-def scale_tensor(
-    x: torch.Tensor, format: Float8Format, scaling: Scaling, key: str, device: torch.device | str | None
-) -> tuple[torch.Tensor, float, torch.Tensor]:
-    """A tensor, flat and on `device`, with its amax and scale. Raises TypeError, NonFiniteError as quantize_tensor."""
-    flat = to_device(_flat(x, key), torch.device(device or x.device))
-    amax = _amax([(0, flat)], flat, key)
-    return flat, amax, amax_to_scale(amax, format, scaling).to(flat.device)
+    return (placement or Placement(device)).run(quantize, flat, key)
 
 
-def finish(
+def flatten(x: torch.Tensor, key: str) -> torch.Tensor:
+    """x as a contiguous vector, detached. Raises TypeError, naming the tensor, unless it is floating-point."""
+    if x.dtype not in SOURCE_DTYPES:
+        raise UnsupportedDtypeError(_dtype_error(x, key))
+    return x.detach().reshape(-1).contiguous()  # reshape leaves a strided vector as it is
+
+
+def find_amax(slices: Iterable[torch.Tensor], backend: Backend, key: str) -> float:
+    """The largest magnitude of a flat tensor, given in slices. Raises NonFiniteError with the counts of NaN and Inf.
+
+    slices: can be iterated more than once.
+    """
+    magnitudes = [backend.tensor_to_amax(part) for part in slices]
+    if not all(math.isfinite(magnitude) for magnitude in magnitudes):
+        counts = [_count_nonfinite(part) for part in slices]
+        raise NonFiniteError(key, sum(nan for nan, _ in counts), sum(inf for _, inf in counts))
+    return max(magnitudes)
+
+
+def build_result(
     x: torch.Tensor,
     flat: torch.Tensor,
     codes: torch.Tensor,
@@ -112,7 +112,10 @@ def finish(
     amax: float,
     error: ErrorStatistics | None,
 ) -> QuantizedTensor:
-    """Codes and scale on the codes' device, in x's shape; samples for the statistics."""
+    """The codes in x's shape, the scale on their device, and the statistics with samples of (original, dequantized).
+
+    flat: x as a vector, on any device. codes: float8 (n,).
+    """
     if error is not None:
         error = replace(error, samples=_samples(flat, codes, scale))
     return QuantizedTensor(codes.reshape(x.shape), scale.to(codes.device), amax, error)
@@ -124,31 +127,6 @@ def dequantize_tensor(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dty
     codes: float8, any shape. scale: fp32, 0-dim (or any shape that broadcasts).
     """
     return (codes.float() * scale.to(device=codes.device, dtype=torch.float32)).to(dtype)
-
-
-def _flat(x: torch.Tensor, key: str) -> torch.Tensor:
-    if x.dtype not in SOURCE_DTYPES:
-        raise UnsupportedDtypeError(_dtype_error(x, key))
-    return x.detach().reshape(-1).contiguous()  # reshape leaves a strided vector as it is
-
-
-def _check_memory(out: torch.Tensor | None, flat: torch.Tensor, key: str) -> None:
-    if out is None:
-        return
-    fits = out.dtype == torch.uint8 and out.ndim == 1 and out.is_contiguous() and len(out) >= flat.numel()
-    if not fits or out.device != flat.device:
-        raise ValueError(
-            f"the memory for the codes of tensor '{key}' is {out.dtype} {tuple(out.shape)} on {out.device}; give "
-            f"contiguous torch.uint8 ({flat.numel()} or more,) on {flat.device}"
-        )
-
-
-def _amax(parts: Iterable[tuple[int, torch.Tensor]], flat: torch.Tensor, key: str) -> float:
-    """The largest magnitude of a flat tensor that is given in parts."""
-    magnitudes = [choose_backend(part).tensor_to_amax(part) for _, part in parts]
-    if not all(math.isfinite(magnitude) for magnitude in magnitudes):
-        raise NonFiniteError(key, *_count_nonfinite(flat))
-    return max(magnitudes)
 
 
 def _dtype_error(x: torch.Tensor, key: str) -> str:

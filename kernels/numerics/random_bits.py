@@ -1,9 +1,9 @@
 """Counter-based random words: a pure function of (seed, rounding, tensor key, flat index).
 
-No generator and no state, so the same bytes come out for every chunk size, thread count, stride and device.
+There is no generator and no state, so chunk size, thread count, strides and device do not change a byte.
 
-A tensor is cut into blocks of 2^17 elements. A block has two 32-bit keys, and its j-th 32-bit word (j < 2^16)
-serves elements j (low 16 bits) and j + 2^16 (high 16 bits): both halves are contiguous, which vectorizes.
+A tensor is split into blocks of 2^17 elements. A block has two 32-bit keys and 2^16 words of 32 bits. Word j serves
+elements j (low 16 bits) and j + 2^16 (high 16 bits) of the block; both halves are contiguous, which vectorizes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from functools import lru_cache
 import torch
 
 LANE = 1 << 16
-"""Elements served by one half of a block's words, and the number of values of a random word."""
+"""Elements in one half of a block; also the number of values of a 16-bit random word."""
 BLOCK = 2 * LANE
 
-# Odd multipliers: Fibonacci hashing's golden ratio, and the two of Wellons' lowbias32 (hash-prospector, 2018).
+# Odd multipliers: the golden ratio of Fibonacci hashing, and the two of Wellons' lowbias32 (hash-prospector, 2018).
 SPREAD, MIX_1, MIX_2 = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 MIX_SHIFT = 15
 
@@ -27,10 +27,7 @@ _MASK_64 = (1 << 64) - 1
 
 
 def stream_key(seed: int, rounding: str, tensor_key: str) -> int:
-    """The 64-bit key of one tensor's stream of words.
-
-    Raises ValueError unless 0 <= seed < 2^64.
-    """
+    """The 64-bit key of a tensor's stream of words. Raises ValueError unless 0 <= seed < 2^64."""
     if not 0 <= seed <= _MASK_64:
         raise ValueError(f"seed {seed} is out of range: choose one from 0 to {_MASK_64}")
     identity = f"{seed}\0{rounding}\0{tensor_key}".encode("utf-8", "surrogatepass")
@@ -38,7 +35,7 @@ def stream_key(seed: int, rounding: str, tensor_key: str) -> int:
 
 
 def stream_from(stream: int, block: int) -> int:
-    """The stream whose first block is another one's `block`: SplitMix64 only adds up its positions."""
+    """The key of the stream that starts at `block` of a stream: SplitMix64 depends on key + position * gamma alone."""
     return (stream + block * SPLITMIX_GAMMA) & _MASK_64
 
 
@@ -52,9 +49,9 @@ def block_keys(stream: int, first_block: int, blocks: int, device: torch.device 
 def fill_words(keys: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
     """Write the words of some blocks into two int32 buffers of shape (blocks, width), width <= 2^16.
 
-    `low` serves elements 0..width-1 of each block, `high` elements 2^16..2^16+width-1; all lie in 0..65535.
-    In int32 a right shift copies the sign bit in. Between the multiplications that costs one bit of state, which
-    no statistical test notices, and saves a pass.
+    `low` is for elements 0..width-1 of each block, `high` for elements 2^16..2^16+width-1. Words are in 0..65535.
+    A right shift of int32 copies the sign bit in. Between the two multiplications this loses one bit of state, which the
+    statistical tests do not detect, and saves a pass.
     """
     counter = _spread_counters(low.device)[: low.shape[1]]
     torch.bitwise_xor(counter, keys[:, :1], out=low)
@@ -67,7 +64,7 @@ def fill_words(keys: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Non
 
 
 def random_words(stream: int, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The words of elements start..start+count-1 of a tensor, int32 (count,) in 0..65535."""
+    """The words of elements start..start+count-1 of a tensor: int32 (count,), in 0..65535."""
     first, last = start // BLOCK, -(-(start + count) // BLOCK)
     words = torch.empty((last - first, 2, LANE), dtype=torch.int32, device=device)
     fill_words(block_keys(stream, first, last - first, device), words[:, 0], words[:, 1])
@@ -75,22 +72,22 @@ def random_words(stream: int, start: int, count: int, device: torch.device | str
 
 
 class Words:
-    """The words of one chunk after another, in buffers that the next chunk overwrites."""
+    """The words of one chunk after another, in buffers that are reused for every chunk."""
 
     def __init__(self, stream: int, blocks: int, width: int):
-        """Of chunks of up to `blocks` blocks, of each of which 2 x `width` elements are wanted."""
+        """For chunks of up to `blocks` blocks, `width` elements in each half of a block."""
         self.stream = stream
         self.low, self.high = torch.empty((2, blocks, width), dtype=torch.int32)
 
     def fill(self, first_block: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As fill_words: int32 (blocks, width) each, for the lower and the upper lane of each block."""
+        """The words of some blocks, as fill_words: (low, high), int32 (blocks, width) each."""
         low, high = self.low[:blocks], self.high[:blocks]
         fill_words(block_keys(self.stream, first_block, blocks), low, high)
         return low, high
 
 
 def signed_32(word: int) -> int:
-    """The low 32 bits of an integer as an int32 holds them."""
+    """The low 32 bits of an integer, read as an int32."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >> 31 else word
 

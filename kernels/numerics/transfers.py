@@ -1,7 +1,7 @@
-"""Tensors on their way between the CPU and a GPU of NVIDIA's or AMD's, which travel while others are worked on.
+"""Asynchronous host-to-device and device-to-host copies (NVIDIA, AMD), overlapped with compute.
 
-What is large goes in pieces through pinned memory, which the GPU reads and writes over the bus by itself. No threads:
-all cores copy memory at once already, and two threads that do so hinder each other.
+Large tensors are copied in pieces through pinned memory, which the GPU reads and writes over the bus by itself. There
+are no threads: one memory copy already uses all cores, and two at a time slow each other down.
 """
 
 from __future__ import annotations
@@ -10,100 +10,106 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from functools import cache
+from types import TracebackType
 
 import torch
 
 log = logging.getLogger("stochastic_fp8")
 
 STAGED_BYTES = 1 << 20
-"""Tensors that are larger go through pinned memory."""
+"""Larger tensors are staged: copied in pieces through pinned memory."""
 PIECE_BYTES = 1 << 24
-PIECES = 8
-"""Pieces of one transfer that can be on their way at a time: with so many nobody waits for the bus between two weights.
-torch keeps the pinned memory for them, 128 MB a direction, until the program ends."""
+PIECES_IN_FLIGHT = 8
+"""Limit for one transfer. With 8 the bus stays busy between two weights. torch keeps the pinned memory of these
+pieces, 128 MB per direction, until the program ends."""
 
-Arrival = Callable[[], torch.Tensor]
-"""Gives a tensor on the device that it was sent to, where a GPU's current stream waits for it. To be called once."""
+PendingTransfer = Callable[[], torch.Tensor]
+"""Returns the tensor on its target device. Call it once. A GPU's current stream waits for the data; the host waits only
+for a copy to the host."""
 Send = Callable[[torch.Tensor, torch.device], torch.Tensor]
-"""to_device, or an Ahead that has sent the tensor already."""
+"""(tensor, device) -> the tensor on that device: to_device, or a Prefetcher."""
 
 
-def begin_transfer(x: torch.Tensor, device: torch.device) -> Arrival:
-    """A tensor begins to travel to a device. Itself if it is there already.
+def begin_transfer(x: torch.Tensor, device: torch.device) -> PendingTransfer:
+    """Start copying a tensor to a device; a tensor that is already there is returned as it is.
 
-    A large tensor between the CPU and a GPU must stay as it is until it has arrived, and arrives contiguous. Others are
-    there when this returns.
+    A staged tensor must not change until it has arrived, and arrives contiguous. Others have arrived on return.
     """
     if not is_staged(x, device):
-        there = x.to(device)
-        return lambda: there
+        arrived = x.to(device)
+        return lambda: arrived
     if device.type == "cuda":
-        return Sending(x, torch.empty(x.shape, dtype=x.dtype, device=device)).result
-    return Fetching(x).result
+        return HostToDevice(x, torch.empty(x.shape, dtype=x.dtype, device=device)).result
+    return DeviceToHost(x).result
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; itself if it is there already."""
+    """The tensor on a device; a tensor that is already there is returned as it is."""
     return begin_transfer(x, device)()
 
 
 def copy(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`target`, contiguous and of the same shape and dtype, with the values of `source`."""
+    """Copy `source` into `target`, which is contiguous and has the same shape and dtype. Returns `target`."""
     if not is_staged(source, target.device):
         return target.copy_(source)
-    return Sending(source, target).result() if target.is_cuda else Fetching(source).into(target)
+    return HostToDevice(source, target).result() if target.is_cuda else DeviceToHost(source).into(target)
 
 
 def is_staged(x: torch.Tensor, device: torch.device) -> bool:
-    """Whether a tensor goes to a device in pieces."""
+    """Whether a copy to the device goes through pinned memory: a large tensor, between the host and a CUDA device."""
     return x.nbytes > STAGED_BYTES and {x.device.type, device.type} == {"cpu", "cuda"}
 
 
-class Ahead:
-    """Sends tensors to a GPU before their turn. Called as to_device, it gives each of them once.
+class Prefetcher:
+    """Copies tensors to a GPU ahead of time. Called like to_device, it hands out each prefetched tensor once.
 
-    A context manager. has_room: whether the GPU has room for what is ahead beside what is worked on.
+    A context manager: on exit it waits for the copies still in flight. has_room: whether the GPU has memory for
+    prefetched tensors beside the one that is computed.
     """
 
-    MOST = 2
-    """Tensors that nobody has asked for yet: the one whose turn it is, and the next."""
+    LIMIT = 2
+    """Prefetched tensors that have not been consumed (current and next)."""
 
     def __init__(self, device: torch.device, has_room: bool = True):
         self._device = device
         self._has_room = has_room
-        self._sent: dict[tuple, Arrival] = {}
+        self._in_flight: dict[tuple[int, int, torch.dtype], PendingTransfer] = {}
 
-    def begin(self, x: torch.Tensor) -> None:
-        """Send a CPU tensor ahead, if it is worth it."""
-        place = _place(x)
-        if not self._has_room or place in self._sent or not x.is_contiguous() or not is_staged(x, self._device):
+    def prefetch(self, x: torch.Tensor) -> None:
+        """Start copying a host tensor. Ignored if it is small, not contiguous, already in flight, or has no room."""
+        identity = _identity(x)
+        if not self._has_room or identity in self._in_flight:
             return
-        if len(self._sent) == self.MOST:
-            self._sent.pop(next(iter(self._sent)))()
+        if not x.is_contiguous() or not is_staged(x, self._device):
+            return
+        if len(self._in_flight) == self.LIMIT:
+            self._in_flight.pop(next(iter(self._in_flight)))()
         try:
-            self._sent[place] = begin_transfer(x, self._device)
+            self._in_flight[identity] = begin_transfer(x, self._device)
         except torch.cuda.OutOfMemoryError:
-            self._has_room = False  # in their turn, tensors are sent by those who know how to do with less
+            self._has_room = False  # tensors are then sent when they are computed, in slices if need be
 
     def __call__(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
-        arrival = self._sent.pop(_place(x), None) if device == self._device else None
-        return arrival().view(x.shape) if arrival else to_device(x, device)
+        pending = self._in_flight.pop(_identity(x), None) if device == self._device else None
+        return pending().view(x.shape) if pending else to_device(x, device)
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
-    def __exit__(self, *exception) -> None:
-        """Nothing else gets the memory of a tensor that is still on its way."""
-        for arrival in self._sent.values():
-            arrival()
-        self._sent.clear()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait, so that nobody else gets the memory of a tensor that is still in flight."""
+        for pending in self._in_flight.values():
+            pending()
+        self._in_flight.clear()
 
 
-class Sending:
-    """A CPU tensor on its way to a GPU. It has left its place when this is made, unless that is pinned itself."""
+class HostToDevice:
+    """A copy from the host to a GPU. The source may be overwritten once this exists, unless it is pinned itself."""
 
     def __init__(self, source: torch.Tensor, target: torch.Tensor):
-        self._source = source.detach()  # kept until it has arrived: it may be pinned, and Ahead knows it by its place
+        self._source = source.detach()  # keep it: a pinned source is read later, and Prefetcher knows it by its address
         self._target = target
         stream = _stream_after_current(target.device)
         with torch.cuda.stream(stream):
@@ -113,83 +119,84 @@ class Sending:
                 else:
                     _send_pieces(self._source.reshape(-1), target.view(-1), stream)
             except BaseException:
-                stream.synchronize()  # the target's memory is about to be free for others
+                stream.synchronize()  # the target's memory is about to be freed
                 raise
-            self._sent = stream.record_event()
+            self._arrived = stream.record_event()
 
     def result(self) -> torch.Tensor:
-        """The tensor on the GPU, for work of the current stream."""
-        torch.cuda.current_stream(self._target.device).wait_event(self._sent)
+        """The tensor on the GPU, for work on the current stream."""
+        torch.cuda.current_stream(self._target.device).wait_event(self._arrived)
         return self._target
 
 
-class Fetching:
-    """A GPU's tensor on its way to the CPU: in pinned memory, from which it is taken in the end."""
+class DeviceToHost:
+    """A copy from a GPU to the host, into pinned memory first."""
 
     def __init__(self, source: torch.Tensor):
         self._shape = source.shape
-        self._flat = source.detach().reshape(-1)  # kept while it is read; if it is a copy, the stream comes after that
+        self._flat = source.detach().reshape(-1)  # keep it while it is read; if it is a copy, the stream waits for that
         self._waiting = deque(_pieces(self._flat))
-        self._coming: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._in_flight: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self._stream = _stream_after_current(source.device)
         self._fetch()
 
     def _fetch(self) -> None:
-        """Fetch what the pinned memory has room for."""
+        """Start copying as many pieces as may be in flight."""
         with torch.cuda.stream(self._stream):
-            while self._waiting and len(self._coming) < PIECES:
+            while self._waiting and len(self._in_flight) < PIECES_IN_FLIGHT:
                 piece = self._waiting.popleft()
                 staged = _pinned(piece).copy_(piece, non_blocking=True)
-                self._coming.append((staged, self._stream.record_event()))
+                self._in_flight.append((staged, self._stream.record_event()))
 
     def into(self, target: torch.Tensor) -> torch.Tensor:
-        """`target`, contiguous, with the values that have been fetched."""
+        """Copy the values into `target`, which is contiguous. Returns it. Call `into` or `result`, once."""
         for place in _pieces(target.view(-1)):
-            staged, arrived = self._coming.popleft()
+            staged, arrived = self._in_flight.popleft()
             arrived.synchronize()
             place.copy_(staged)
-            del staged  # whose memory the next piece can have
+            del staged  # so that the next piece can have its memory
             if self._waiting:
                 self._fetch()
         return target
 
     def result(self) -> torch.Tensor:
+        """The tensor on the host."""
         return self.into(torch.empty(self._shape, dtype=self._flat.dtype))
 
 
 def _send_pieces(source: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    on_the_bus: deque[torch.cuda.Event] = deque()
+    in_flight: deque[torch.cuda.Event] = deque()
     for piece, place in zip(_pieces(source), _pieces(target), strict=True):
-        if len(on_the_bus) == PIECES:
-            on_the_bus.popleft().synchronize()
+        if len(in_flight) == PIECES_IN_FLIGHT:
+            in_flight.popleft().synchronize()
         place.copy_(_pinned(piece).copy_(piece), non_blocking=True)
-        on_the_bus.append(stream.record_event())
+        in_flight.append(stream.record_event())
 
 
-def _place(x: torch.Tensor) -> tuple:
+def _identity(x: torch.Tensor) -> tuple[int, int, torch.dtype]:
     return x.data_ptr(), x.numel(), x.dtype
 
 
 def _pieces(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return flat.split(PIECE_BYTES // flat.itemsize)
+    return torch.split(flat, PIECE_BYTES // flat.itemsize)
 
 
 def _pinned(like: torch.Tensor) -> torch.Tensor:
-    """Memory of the same shape and dtype, pinned if the system has any left: ordinary memory will do, but slowly.
+    """New memory of the same shape and dtype: pinned, or pageable (slower) if the system has no more pinned memory.
 
-    torch keeps it for the next one, once it is free and nothing on the bus needs it.
+    torch reuses pinned memory once it is freed and no copy needs it.
     """
     try:
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
     except RuntimeError as error:
-        _log_refusal(str(error))
+        _warn_unpinned(str(error))
         return torch.empty(like.shape, dtype=like.dtype)
 
 
 @cache
-def _log_refusal(reason: str) -> None:
-    """Once, not for every piece."""
-    log.warning("there is no pinned memory left, so that tensors travel slowly to and from the GPU: %s", reason)
+def _warn_unpinned(reason: str) -> None:
+    """Once per reason, not for every piece."""
+    log.warning("no pinned memory left: copies to and from the GPU will be slow (%s)", reason)
 
 
 def _stream_after_current(device: torch.device) -> torch.cuda.Stream:

@@ -1,12 +1,14 @@
-"""Calibrated rounding against textbook GPTQ, against exhaustive search, and against what the layer really puts out."""
+"""Calibrated rounding against textbook GPTQ, exhaustive search and the layer's real outputs."""
 
 import itertools
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, dequantize_tensor, quantize_tensor
 from stochastic_fp8_pack.kernels.calibration import gptq, moments
+from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.errors import CalibrationError
 from stochastic_fp8_pack.kernels.numerics.rounding import round_to_codes
@@ -15,7 +17,7 @@ formats = pytest.mark.parametrize("format", FORMATS)
 
 
 def correlated(rows, width, seed=0):
-    """Inputs that share a few directions and differ in size, as activations do."""
+    """Correlated inputs of different magnitudes, like activations."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(rows, max(1, width // 4), generator=generator)
     mixing = torch.randn(shared.shape[1], width, generator=generator)
@@ -28,10 +30,10 @@ def weights(outputs, width, seed=0):
     return torch.randn(outputs, width, generator=generator) / width**0.5
 
 
-def seen(x):
-    observer = ActivationRecorder()
-    observer.observe("layer.weight", x)
-    return observer.result().layers["layer.weight"]
+def recorded(x):
+    recorder = ActivationRecorder()
+    recorder.observe("layer.weight", x)
+    return recorder.result().layers["layer.weight"]
 
 
 def scale_of(weight, format="float8_e4m3fn"):
@@ -39,19 +41,19 @@ def scale_of(weight, format="float8_e4m3fn"):
 
 
 def calibrated(weight, layer, format="float8_e4m3fn", **options):
-    return gptq.calibrate(weight, scale_of(weight, format), layer, FORMATS[format], **options)
+    return gptq.gptq_round(weight, scale_of(weight, format), layer, FORMATS[format], **options)
 
 
 def output_error(weight, codes, scale, x):
-    """The relative change of the layer's output, by running it."""
+    """The relative change of the layer's output, computed by running it."""
     original, changed = x.double() @ weight.double().T, x.double() @ dequantize_tensor(codes, scale).double().T
     return float((changed - original).norm() / original.norm())
 
 
 def textbook_gptq(weight, moment, damping, format):
-    """Frantar et al., algorithm 1, column by column in float64, on a weight already scaled."""
+    """Frantar et al., algorithm 1, column by column in float64, on a scaled weight."""
     hessian = moment + damping * np.diag(moment).mean() * np.eye(len(moment))
-    order = least_loss_last(hessian)
+    order = min_pivot_order(hessian)
     hessian = hessian[np.ix_(order, order)]
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
     w = weight[:, order].copy()
@@ -65,8 +67,8 @@ def textbook_gptq(weight, moment, damping, format):
     return codes[:, np.argsort(order)]
 
 
-def least_loss_last(hessian):
-    """From the last place to the first, the input whose variance given those already placed is the least."""
+def min_pivot_order(hessian):
+    """From the last place to the first: the input with the smallest variance given those already placed."""
     placed = []
     for _ in range(len(hessian)):
         inverse = np.linalg.inv(hessian[np.ix_(placed, placed)])
@@ -81,32 +83,32 @@ def least_loss_last(hessian):
 
 @formats
 @pytest.mark.parametrize(("outputs", "width"), [(8, 16), (48, 200), (16, 300)])
-def test_without_descent_it_is_gptq(format, outputs, width):
-    weight, layer = weights(outputs, width), seen(correlated(5000, width))
+def test_without_descent_it_equals_gptq(format, outputs, width):
+    weight, layer = weights(outputs, width), recorded(correlated(5000, width))
     codes, scale, _ = calibrated(weight, layer, format, search_scale=False, descents=0)
     scaled = (weight / scale).double().numpy()
     expected = textbook_gptq(scaled, layer.moment()[0].double().numpy(), gptq.damping_share(5000), format)
     agreeing = (codes.view(torch.uint8).numpy() == expected).mean()
-    assert agreeing > 0.998  # a tie that fp32 sees otherwise changes what comes after it in its row
+    assert agreeing > 0.998  # a tie that fp32 breaks differently changes the rest of its row
 
 
 @formats
-def test_close_to_the_best_of_all_roundings(format):
-    """Six inputs: two codes below or two above each weight are 4096 choices an output, and all are tried."""
+def test_it_is_close_to_the_best_of_all_roundings(format):
+    """Six inputs, and four codes around each weight: all 4096 choices per output are tried."""
     found, best, nearest = np.zeros((3, 30))
     for seed in range(30):
-        weight, layer = weights(4, 6, seed), seen(correlated(40_000, 6, seed))
+        weight, layer = weights(4, 6, seed), recorded(correlated(40_000, 6, seed))
         codes, scale, _ = calibrated(weight, layer, format, search_scale=False)
         moment = layer.moment()[0].double().numpy()
         error = (dequantize_tensor(codes, scale) - weight).double().numpy()
         found[seed] = np.einsum("oi,ij,oj->", error, moment, error)
         best[seed], nearest[seed] = exhaustive(weight, scale, moment, format)
-    assert (found / best).mean() < 1.05  # now and then a code further away is better still
+    assert (found / best).mean() < 1.05  # sometimes a code further away is better
     assert (nearest / best).mean() > 1.25
 
 
 def exhaustive(weight, scale, moment, format):
-    """The least error that any choice among four codes makes, and that of the nearest ones; summed over outputs."""
+    """The smallest error of all choices among four codes, and the error of the nearest codes; sums over outputs."""
     values = np.array(sorted({v for v in FORMATS[format].values if np.isfinite(v)}))
     scaled = (weight / scale).double().numpy()
     around = np.searchsorted(values, scaled)[None] + np.array([-2, -1, 0, 1])[:, None, None]
@@ -118,9 +120,9 @@ def exhaustive(weight, scale, moment, format):
     return cost.min(0).sum(), np.einsum("oi,ij,oj->", plain, moment, plain)
 
 
-def test_after_descent_no_single_step_helps():
-    """With passes to spare, moving any one code up or down makes the damped error larger."""
-    weight, layer = weights(6, 24), seen(correlated(40_000, 24))
+def test_after_descent_no_single_change_helps():
+    """After enough passes, moving any one code up or down makes the damped error larger."""
+    weight, layer = weights(6, 24), recorded(correlated(40_000, 24))
     codes, scale, _ = calibrated(weight, layer, search_scale=False, descents=30)
     moment = layer.moment()[0].double()
     moment += gptq.damping_share(40_000) * moment.diagonal().mean() * torch.eye(24)
@@ -136,15 +138,15 @@ def test_after_descent_no_single_step_helps():
 
 @formats
 def test_descent_helps(format):
-    weight, layer = weights(64, 96), seen(correlated(5000, 96))
+    weight, layer = weights(64, 96), recorded(correlated(5000, 96))
     without, once, thrice = (calibrated(weight, layer, format, descents=n)[2].chosen for n in (0, 1, 3))
     assert thrice < once < without
 
 
 @formats
-def test_the_prediction_is_what_the_layer_does(format):
+def test_the_predicted_error_is_that_of_the_layer(format):
     x = correlated(4000, 96)
-    weight, layer = weights(64, 96), seen(x)
+    weight, layer = weights(64, 96), recorded(x)
     codes, scale, error = calibrated(weight, layer, format)
     plain = quantize_tensor(weight, format=format, rounding="nearest")
     assert error.rows == 4000
@@ -154,20 +156,20 @@ def test_the_prediction_is_what_the_layer_does(format):
 
 
 @formats
-def test_it_helps_on_inputs_never_seen(format):
+def test_it_helps_on_held_out_inputs(format):
     x = correlated(8000, 96)
     weight = weights(64, 96)
-    codes, scale, _ = calibrated(weight, seen(x[:4000]), format)
+    codes, scale, _ = calibrated(weight, recorded(x[:4000]), format)
     plain = quantize_tensor(weight, format=format, rounding="nearest")
     held_out = x[4000:]
     assert output_error(weight, codes, scale, held_out) < 0.5 * output_error(weight, plain.codes, plain.scale, held_out)
 
 
 @formats
-def test_unrelated_inputs_are_rounded_to_nearest(format):
-    """With nothing shared between inputs no error can make up for another: the bytes are nearest's."""
+def test_uncorrelated_inputs_are_rounded_to_nearest(format):
+    """Without correlation no input can compensate the error of another, so the bytes are those of nearest."""
     weight = weights(20, 32)
-    layer = seen(torch.diag(torch.linspace(1, 5, 32)))
+    layer = recorded(torch.diag(torch.linspace(1, 5, 32)))
     codes, scale, error = calibrated(weight, layer, format, search_scale=False)
     plain = quantize_tensor(weight, format=format, rounding="nearest")
     assert torch.equal(codes.view(torch.uint8), plain.codes.view(torch.uint8))
@@ -175,36 +177,36 @@ def test_unrelated_inputs_are_rounded_to_nearest(format):
     assert error.chosen == error.nearest
 
 
-def test_a_dead_outlier_gives_way_to_the_rest():
-    """Where the largest weight meets an input that is always zero, a smaller scale cuts it off and spares the rest."""
+def test_an_outlier_whose_input_is_zero_saturates():
+    """If the input of the largest weight is always zero, a smaller scale saturates it and helps the others."""
     weight = weights(32, 48) * 1e-4
     weight[3, 7] = 10.0
     x = correlated(4000, 48)
     x[:, 7] = 0
     scale = scale_of(weight)
-    codes, chosen, error = calibrated(weight, seen(x))
+    codes, chosen, error = calibrated(weight, recorded(x))
     assert float(chosen) == pytest.approx(0.5 * float(scale))
     assert codes[3, 7].float() == 448
     assert error.chosen < error.nearest
 
 
-def test_blocks_are_rounded_each_for_itself(monkeypatch):
+def test_blocks_are_rounded_independently(monkeypatch):
     monkeypatch.setattr(moments, "WIDEST_BLOCK", 64)
     moments._band_shapes.cache_clear()
     weight, x = weights(24, 128), correlated(4000, 128)
     scale = scale_of(weight)
-    together, _, error = calibrated(weight, seen(x), search_scale=False)
+    together, _, error = calibrated(weight, recorded(x), search_scale=False)
     for columns in (slice(0, 64), slice(64, 128)):
-        alone, _, _ = gptq.calibrate(
-            weight[:, columns], scale, seen(x[:, columns]), FORMATS["float8_e4m3fn"], search_scale=False
+        alone, _, _ = gptq.gptq_round(
+            weight[:, columns], scale, recorded(x[:, columns]), FORMATS["float8_e4m3fn"], search_scale=False
         )
         assert torch.equal(together[:, columns].view(torch.uint8), alone.view(torch.uint8))
     moments._band_shapes.cache_clear()
     assert error.chosen < error.nearest
 
 
-def test_bounding_the_memory_changes_nothing(monkeypatch):
-    weight, layer = weights(50, 32), seen(correlated(4000, 32))
+def test_chunks_change_nothing(monkeypatch):
+    weight, layer = weights(50, 32), recorded(correlated(4000, 32))
     whole = calibrated(weight, layer)
     monkeypatch.setattr(gptq, "CHUNK_ELEMENTS", 7 * 32)
     parts = calibrated(weight, layer)
@@ -212,53 +214,93 @@ def test_bounding_the_memory_changes_nothing(monkeypatch):
     assert whole[2].chosen == pytest.approx(parts[2].chosen, rel=1e-6)
 
 
-def test_the_same_bytes_every_time():
-    weight, layer = weights(50, 160), seen(correlated(4000, 160))
+def test_the_bytes_are_reproducible():
+    weight, layer = weights(50, 160), recorded(correlated(4000, 160))
     first, second = calibrated(weight, layer), calibrated(weight.clone(), layer)
     assert torch.equal(first[0].view(torch.uint8), second[0].view(torch.uint8))
     assert torch.equal(first[1], second[1])
 
 
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@formats
+@pytest.mark.parametrize("width", [96, 300])
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param(lambda: default_dtype(torch.float64), id="default dtype float64"),
+        pytest.param(lambda: default_dtype(torch.bfloat16), id="default dtype bfloat16"),
+        pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), id="autocast to bfloat16"),
+        pytest.param(lambda: torch.autocast("cpu", torch.float16), id="autocast to float16"),
+    ],
+)
+def test_default_dtype_and_autocast_change_nothing(format, width, context):
+    weight, x = weights(40, width), correlated(200, width)
+    nearest = scale_of(weight, format)
+
+    def results():
+        layer = recorded(x)
+        codes, scale, error = gptq.gptq_round(weight, nearest, layer, FORMATS[format], descents=2)
+        q = calibrate_tensor(weight, layer, format=format, statistics=True)
+        tensors = [layer.read_moment(), layer.moment(), codes.view(torch.uint8), scale]
+        return [*tensors, q.codes.view(torch.uint8), q.scale], (error, q.error, q.output_error)
+
+    expected, expected_errors = results()
+    with context():
+        tensors, errors = results()
+    assert [t.dtype for t in tensors] == [t.dtype for t in expected]
+    assert all(map(torch.equal, tensors, expected))
+    assert errors == expected_errors
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_of_any_precision(dtype):
-    weight, layer = weights(20, 32).half().bfloat16().to(dtype), seen(correlated(4000, 32))
+    weight, layer = weights(20, 32).half().bfloat16().to(dtype), recorded(correlated(4000, 32))
     assert torch.equal(
         calibrated(weight, layer)[0].view(torch.uint8), calibrated(weight.float(), layer)[0].view(torch.uint8)
     )
 
 
 @pytest.mark.parametrize("x", [torch.zeros(5, 32), correlated(5, 32)], ids=["inputs all zero", "few rows"])
-def test_little_to_go_by_is_no_worse_than_nearest(x):
+def test_with_little_data_it_is_no_worse_than_nearest(x):
     weight = weights(20, 32)
-    codes, _, error = calibrated(weight, seen(x))
+    codes, _, error = calibrated(weight, recorded(x))
     assert error.chosen <= error.nearest
     assert torch.isfinite(codes.float()).all()
 
 
 def test_a_zero_weight_stays_zero():
-    codes, scale, error = calibrated(torch.zeros(16, 32), seen(correlated(50, 32)))
+    codes, scale, error = calibrated(torch.zeros(16, 32), recorded(correlated(50, 32)))
     assert (codes.float() == 0).all()
     assert (float(scale), error.nearest, error.chosen) == (1.0, 0.0, 0.0)
 
 
-def test_few_rows_are_trusted_less():
+def test_fewer_rows_get_more_damping():
     assert gptq.damping_share(10**6) == 0.01
     assert gptq.damping_share(3000) == 0.01
     assert gptq.damping_share(300) == pytest.approx(0.1)
 
 
 def test_a_weight_of_another_shape_is_refused():
-    with pytest.raises(CalibrationError, match=r"\(20, 48\) cannot take 32 inputs"):
-        calibrated(weights(20, 48), seen(correlated(50, 32)))
+    with pytest.raises(CalibrationError, match=r"\(20, 48\) does not fit a calibration of 32 inputs"):
+        calibrated(weights(20, 48), recorded(correlated(50, 32)))
 
 
 @formats
 def test_the_grid_is_that_of_nearest(format):
-    """The cast in use here against the reference: every finite bf16 value, ties, values beyond the range."""
+    """The cast used here against the reference: every finite bf16 value, ties, values beyond the range."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     every = every[every.isfinite()]
     values = torch.tensor([v for v in FORMATS[format].values if np.isfinite(v)])
     ties = (values.sort().values[1:] + values.sort().values[:-1]) / 2
     x = torch.cat([every, ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)])
     expected = round_to_codes(x, None, FORMATS[format], ROUNDINGS["nearest"])
-    assert torch.equal(gptq._to_grid(x, FORMATS[format]).view(torch.uint8), expected)
+    assert torch.equal(gptq._to_nearest(x, FORMATS[format]).view(torch.uint8), expected)

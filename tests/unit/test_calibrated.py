@@ -1,13 +1,14 @@
-"""Weights by recipe: which layers are calibrated, what the others get, and what the report says of them."""
+"""Weights by recipe: which layers are calibrated, what happens to the others, and the notes about them."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from stochastic_fp8_pack.kernels import LayerReport, Recipe, Report, dequantize_tensor, quantize_tensor
+from stochastic_fp8_pack.kernels import LayerReport, Recipe, dequantize_tensor, quantize_tensor
 from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
-from stochastic_fp8_pack.kernels.engine.quantize_weight import calibration_notes, input_scale, quantize_weight
+from stochastic_fp8_pack.kernels.engine.notes import calibration_notes
+from stochastic_fp8_pack.kernels.engine.quantize_weight import input_scale, quantize_weight
 from stochastic_fp8_pack.kernels.errors import CalibrationError, NonFiniteError
 from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
 
@@ -27,16 +28,16 @@ WEIGHT = torch.randn(48, 64, generator=torch.Generator().manual_seed(3)).bfloat1
 
 
 def calibration(key=KEY, x=X):
-    observer = ActivationRecorder()
-    observer.observe(key, x)
-    return observer.result("prompts")
+    recorder = ActivationRecorder()
+    recorder.observe(key, x)
+    return recorder.result("prompts")
 
 
 def same_bytes(first, second):
     return torch.equal(first.codes.view(torch.uint8), second.codes.view(torch.uint8)) and first.scale == second.scale
 
 
-def test_a_layer_that_was_seen_is_calibrated():
+def test_a_recorded_layer_is_calibrated():
     q = quantize_weight(WEIGHT, KEY, RECIPE, calibration())
     assert same_bytes(q, calibrate_tensor(WEIGHT, calibration().layers[KEY]))
     assert q.output_error.rows == 4000
@@ -44,7 +45,7 @@ def test_a_layer_that_was_seen_is_calibrated():
     assert (q.codes.shape, q.codes.dtype, q.scale.dtype) == (WEIGHT.shape, torch.float8_e4m3fn, torch.float32)
 
 
-@pytest.mark.parametrize(("key", "x"), [("another.weight", X), (KEY, X[:, :32])], ids=["never seen", "another width"])
+@pytest.mark.parametrize(("key", "x"), [("another.weight", X), (KEY, X[:, :32])], ids=["not recorded", "another width"])
 def test_other_layers_are_rounded_to_nearest(key, x):
     q = quantize_weight(WEIGHT, KEY, RECIPE, calibration(key, x))
     assert same_bytes(q, quantize_tensor(WEIGHT, rounding="nearest"))
@@ -57,12 +58,12 @@ def test_a_calibration_changes_no_other_rounding():
     assert same_bytes(q, quantize_tensor(WEIGHT, rounding="stochastic", seed=5, key=KEY))
 
 
-def test_without_a_calibration_the_error_says_what_to_connect():
+def test_without_a_calibration_the_error_names_the_nodes():
     with pytest.raises(CalibrationError, match="connect FP8 Calibration or Load FP8 Calibration .* --calibration FILE"):
         quantize_weight(WEIGHT, KEY, RECIPE, None)
 
 
-def test_statistics_are_those_of_the_codes():
+def test_the_statistics_describe_the_codes():
     q = calibrate_tensor(WEIGHT, calibration().layers[KEY], statistics=True)
     error = (dequantize_tensor(q.codes, q.scale) - WEIGHT.float()).double()
     assert q.error.count == 48 * 64
@@ -78,23 +79,27 @@ def test_without_scaling_the_scale_stays_one():
     assert q.output_error.chosen < q.output_error.nearest
 
 
-def test_non_finite_weights_are_named():
+def test_the_error_names_a_non_finite_weight():
     broken = WEIGHT.clone()
     broken[1, 2] = float("nan")
     with pytest.raises(NonFiniteError, match="tensor 'blocks.0.attn.qkv.weight' holds 1 NaN and 0 infinite values"):
         quantize_weight(broken, KEY, RECIPE, calibration())
 
 
-def test_input_scales_leave_room_for_other_prompts():
-    seen = calibration(x=torch.tensor([[-358.4, 2.0] * 8]))
+def test_input_scales_have_a_margin():
+    recorded = calibration(x=torch.tensor([[-358.4, 2.0] * 8]))
     fp8 = replace(RECIPE, matmul="fp8")
-    scale = input_scale(seen, KEY, fp8)
+    scale = input_scale(recorded, KEY, fp8)
     assert (scale.dtype, scale.shape) == (torch.float32, ())
     assert float(scale) == pytest.approx(1.0)
-    assert input_scale(seen, KEY, RECIPE) is None
-    assert input_scale(seen, "another.weight", fp8) is None
+    assert input_scale(recorded, KEY, RECIPE) is None
+    assert input_scale(recorded, "another.weight", fp8) is None
     assert input_scale(None, KEY, fp8) is None
     assert float(input_scale(calibration(x=torch.zeros(1, 16)), KEY, fp8)) == 2**-14
+
+
+def calibrated_layers(errors):
+    return [LayerReport(key, (48, 64), "bfloat16", 6144, 1.0, 0.5, output_error=error) for key, error in errors.items()]
 
 
 def test_notes_list_what_a_user_should_know():
@@ -105,23 +110,18 @@ def test_notes_list_what_a_user_should_know():
         "d": None,
         "e": None,
     }
-    never, no_better, few = calibration_notes(errors)
-    assert never.startswith("2 of 5 layers were rounded to nearest, since the calibration never saw them")
-    assert never.endswith(": d, e")
-    assert no_better.startswith("1 of 5 layers were rounded to nearest, since calibrated rounding would not")
+    unknown, no_better, few = calibration_notes(RECIPE, calibrated_layers(errors))
+    assert unknown.startswith("2 of 5 layers were rounded to nearest, because the calibration has no inputs")
+    assert unknown.endswith(": d, e")
+    assert no_better.startswith("1 of 5 layers were rounded to nearest, because calibrated rounding would not")
     assert no_better.endswith(": c")
-    assert few.startswith("1 of 5 layers were calibrated cautiously on fewer than 3,000 rows")
+    assert few.startswith("1 of 5 layers were calibrated with more damping, on fewer than 3,000 rows")
     assert few.endswith(": b")
-    assert list(calibration_notes({"a": errors["a"]})) == []
+    assert list(calibration_notes(RECIPE, calibrated_layers({"a": errors["a"]}))) == []
+    assert list(calibration_notes(Recipe(), calibrated_layers(errors))) == []
 
 
-def test_the_report_carries_it_as_json():
-    layer = LayerReport(KEY, (48, 64), "bfloat16", 6144, 1.0, 0.5, output_error=OutputError(4000, 0.02, 0.01))
-    report = Report("m.safetensors", "unknown", RECIPE, (layer,))
-    assert Report.from_json(report.to_json()) == report
-
-
-def test_a_note_names_so_many_layers_and_counts_the_rest():
-    (note,) = calibration_notes({f"layer{i}": None for i in range(25)})
+def test_a_note_names_twenty_layers_and_counts_the_rest():
+    (note,) = calibration_notes(RECIPE, calibrated_layers({f"layer{i}": None for i in range(25)}))
     assert note.startswith("25 of 25 layers")
     assert note.endswith(": " + ", ".join(f"layer{i}" for i in range(20)) + " and 5 more")

@@ -75,8 +75,11 @@ def test_the_report_tells_of_every_layer(source, target, calibration):
     assert errors[f"{QKV}.weight"].chosen < errors[f"{QKV}.weight"].nearest
     assert [key for key, error in errors.items() if error] == [f"{PROJ}.weight", f"{QKV}.weight"]
     notes = " ".join(report.notes)
-    assert f"{len(errors) - 2} of {len(errors)} layers were rounded to nearest, since the calibration never" in notes
-    assert f"fewer than 3,000 rows: more runs would serve them better: {PROJ}.weight" in notes
+    assert (
+        f"{len(errors) - 2} of {len(errors)} layers were rounded to nearest, because the calibration has no inputs"
+        in notes
+    )
+    assert f"fewer than 3,000 rows: more runs would help them: {PROJ}.weight" in notes
     assert report.recipe.calibration == "two layers"
 
 
@@ -125,7 +128,7 @@ def test_without_a_calibration_nothing_begins(source, job):
 
 
 def test_a_file_that_is_no_calibration_is_refused(source, target):
-    with pytest.raises(CheckpointError, match="in.safetensors: holds no FP8 calibration"):
+    with pytest.raises(CheckpointError, match="in.safetensors: does not hold an FP8 calibration"):
         calibrated(source, target, source)
     assert not target.exists()
 
@@ -148,5 +151,5 @@ def test_the_trace_says_why_a_code_was_chosen(source, target, calibration, caplo
     with caplog.at_level(logging.DEBUG, "stochastic_fp8"):
         calibrated(source, target, calibration)
     traces = {record.getMessage().partition(":")[0]: record.getMessage() for record in caplog.records}
-    assert "for the least change of the layer's output" in traces[f"{QKV}.weight"]
+    assert "minimizing the error of the layer's output" in traces[f"{QKV}.weight"]
     assert ", nearest: " in traces["joint_blocks.1.x_block.attn.qkv.weight"]

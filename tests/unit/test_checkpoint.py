@@ -242,7 +242,7 @@ def test_a_plan_tells_the_same_without_writing(source, target):
     ("choices", "note"),
     [
         ({}, "ComfyUI 0.3.75: exact; on an FP8 GPU or with little memory"),
-        ({"format": "float8_e5m2"}, "ComfyUI 0.3.75: fails to load; it knows no float8_e5m2 entry"),
+        ({"format": "float8_e5m2"}, "ComfyUI 0.3.75: fails to load; float8_e5m2 entries are unknown (KeyError)"),
         ({"format": "float8_e5m2"}, "ComfyUI 0.33: exact; if its comfy.quant_ops.QUANT_ALGOS lists float8_e5m2"),
         (
             {"format": "float8_e5m2", "layout": "legacy"},
@@ -282,7 +282,7 @@ def test_scaled_fp8_is_dequantized_first(source, tmp_path, target, layout):
     between = dequantize_tensor(first[f"{QKV}.weight"], first[f"{QKV}.{ending}"])
     expected = quantize_tensor(between, seed=2, key=f"{QKV}.weight")
     assert bits(load_file(target)[f"{QKV}.weight"]) == bits(expected.codes)
-    assert "8 layers were already scaled FP8: dequantized first, so their first error stays" in report.notes
+    assert "8 layers already in scaled FP8: dequantized first, so the error of the first rounding stays" in report.notes
     assert inspect_file(target, deep=True).ok
 
 
@@ -290,7 +290,7 @@ def test_inline_only_fp8_is_dequantized_too(source, tmp_path, target):
     quantize_file(source, tmp_path / "native.safetensors", format="float8_e5m2")
     inline = save(tmp_path / "inline.safetensors", load_file(tmp_path / "native.safetensors"))
     report = quantize_file(inline, target)
-    assert "8 layers were already scaled FP8: dequantized first, so their first error stays" in report.notes
+    assert "8 layers already in scaled FP8: dequantized first, so the error of the first rounding stays" in report.notes
 
 
 def test_the_same_format_again_is_refused_unless_asked(source, tmp_path, target):
@@ -310,7 +310,7 @@ def test_layers_that_are_scaled_already_and_kept_stay_scaled(source, tmp_path, t
     assert bits(after["context_embedder.weight"]) == bits(before["context_embedder.weight"])
     assert bits(after["context_embedder.weight_scale"]) == bits(before["context_embedder.scale_weight"])
     assert json.loads(bytes(after["context_embedder.comfy_quant"]))["format"] == "float8_e5m2"
-    assert "4 layers were already scaled FP8 and stay so, bit for bit" in report.notes
+    assert "4 layers already in scaled FP8: left unchanged, bit for bit" in report.notes
     assert inspect_file(target).ok
     with pytest.raises(CheckpointError, match="the legacy layout holds one format .* choose layout native"):
         quantize_file(once, tmp_path / "mixed.safetensors", layout="legacy")
@@ -321,7 +321,7 @@ def test_fp8_without_scales_is_taken_at_its_value(tmp_path, target):
     report = quantize_file(save(tmp_path / "in.safetensors", tensors), target)
     expected = quantize_tensor(tensors[f"{QKV}.weight"].float(), key=f"{QKV}.weight")
     assert bits(load_file(target)[f"{QKV}.weight"]) == bits(expected.codes)
-    assert "8 layers were FP8 without a scale: what that lost is not brought back" in report.notes
+    assert "8 layers in FP8 without a scale: what that lost cannot be recovered" in report.notes
 
 
 def test_a_broken_scale_is_refused(source, tmp_path, target):
@@ -359,8 +359,8 @@ def test_an_unknown_choice_lists_the_valid_ones(source, target, choice, value):
     [
         (checkpoints.clip_l(), "nothing to quantize: ComfyUI has no FP8 detection for CLIP-L"),
         (checkpoints.weights("decoder.conv_in.weight"), "nothing to quantize: a VAE is never quantized"),
-        (checkpoints.weights("a.bias"), "nothing to quantize: there is no Linear weight in it"),
-        ({}, "nothing to quantize: there is no Linear weight in it"),
+        (checkpoints.weights("a.bias"), "nothing to quantize: there is no Linear layer that FP8 can hold"),
+        ({}, "nothing to quantize: there is no Linear layer that FP8 can hold"),
         (checkpoints.weights("blocks.0.attn.q.weight", shape=(16, 24)), "a side is not divisible by 16"),
         (
             checkpoints.weights("single_transformer_blocks.0.attn.to_q.weight"),
@@ -405,7 +405,7 @@ def test_every_tensor_that_is_not_finite_is_named_and_nothing_is_left(tmp_path, 
         quantize_file(nonfinite_source(tmp_path), target)
     assert str(caught.value) == (
         "in.safetensors: holds values that are not finite: joint_blocks.0.x_block.attn.qkv.weight (3 NaN, 0 infinite); "
-        "joint_blocks.1.x_block.mlp.fc1.weight (0 NaN, 1 infinite); nonfinite 'keep' leaves these tensors as they are"
+        "joint_blocks.1.x_block.mlp.fc1.weight (0 NaN, 1 infinite); nonfinite 'keep' leaves these tensors unchanged"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
@@ -449,7 +449,7 @@ def test_a_result_that_comfyui_could_not_use_is_not_written(source, tmp_path, ta
     quantize_file(source, tmp_path / "e5m2.safetensors", format="float8_e5m2")
     tensors = load_file(tmp_path / "e5m2.safetensors")
     tensors |= {"norm.weight": torch.ones(16).to(E5M2), "norm.weight_scale": torch.tensor(1.0)}
-    with pytest.raises(CheckpointError, match="was not written, .* norm.weight: is quantized but belongs to no Linear"):
+    with pytest.raises(CheckpointError, match="was not written, .* norm.weight: is quantized, but is not a Linear"):
         quantize_file(save(tmp_path / "norm.safetensors", tensors), target)
     assert not target.exists()
 
@@ -479,6 +479,7 @@ def run_job(source, target, halfway):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(("number", "left"), [("SIGTERM", 0), ("SIGINT", 0), ("SIGKILL", 1)])
 def test_a_signal_half_way_leaves_the_target_as_it_was(source, target, tmp_path, number, left):
     target.write_bytes(b"mine")
@@ -489,6 +490,7 @@ def test_a_signal_half_way_leaves_the_target_as_it_was(source, target, tmp_path,
     assert not list(tmp_path.glob("*.tmp-*"))
 
 
+@pytest.mark.posix
 def test_a_full_disk_half_way_leaves_the_target_as_it_was(source, target, tmp_path):
     target.write_bytes(b"mine")
     done = run_job(source, target, "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))")

@@ -1,4 +1,4 @@
-"""The headless command: every flag, what it says, and how it ends."""
+"""The command `python -m kernels`: every flag, its output, and its exit codes."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from conftest import PACK_ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stochastic_fp8_pack.kernels import display, quantize_file
 from stochastic_fp8_pack.kernels.calibration.file import save_calibration
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.command import main as command
 from stochastic_fp8_pack.kernels.command.plots import file_name, thin_samples
-from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
 from tiny_models import LANDSCAPES
 
 QKV = "joint_blocks.0.x_block.attn.qkv.weight"
-QUANTIZED = 8  # of the made-up SD3: two blocks of four
+QUANTIZED = 8  # layers of the made-up SD3: two blocks of four
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def recipe_of(path):
 
 
 def one_line(text):
-    """The error, after whatever the progress bar drew and wiped."""
+    """The error line, after what the progress bar has drawn and cleared."""
     line = text.rsplit("\r", 1)[-1]
     assert line.startswith("error: "), text
     assert line.count("\n") == 1 and line.endswith("\n"), text
@@ -100,7 +100,7 @@ def test_it_ends_with_one_line_and_exit_code_2():
 # --- quantize: the flags
 
 
-def test_nothing_said_means_stochastic_e4m3_absmax_native(run, source, target, tmp_path):
+def test_defaults_are_stochastic_e4m3_absmax_native(run, source, target, tmp_path):
     assert run(source, target)[0] == 0
     defaults = tmp_path / "defaults.safetensors"
     quantize_file(source, defaults)
@@ -190,11 +190,11 @@ def test_the_device_is_taken(run, source, target, tmp_path):
     assert target.read_bytes() == (tmp_path / "automatic.safetensors").read_bytes()
 
 
-# --- quantize: what it says
+# --- quantize: its output
 
 
 def test_the_summary(run, tmp_path, target):
-    """Values that FP8 holds exactly, in one layer, so that every figure is known beforehand."""
+    """One layer of values that FP8 represents exactly, so that every number is known."""
     exact = torch.tensor([1.0, -2.0, 3.5, 448.0]).repeat(16, 8)
     save_file({"joint_blocks.0.x_block.mlp.fc1.weight": exact}, tmp_path / "exact.safetensors")
     code, text, _ = run(tmp_path / "exact.safetensors", target, "--preset", "all_linear")
@@ -202,15 +202,15 @@ def test_the_summary(run, tmp_path, target):
     for line in (
         "  recipe  float8_e4m3fn, stochastic, absmax, seed 0, layout native",
         "  layers  1 tensor quantized, 0 kept",
-        "  size    2.05 kB -> 516 bytes (-75%)",
-        "  error   lossless  bias +0.0e+00  saturated 0  flushed 0",
+        "  size    2.05 kB → 516 B (−75 %)",
+        "  error   SQNR ∞ dB  bias 0  saturated 0 %  flushed 0 %",
         "the layers with the lowest SQNR",
-        "  joint_blocks.0.x_block.mlp.fc1.weight  lossless  bias +0.0e+00  saturated 0  flushed 0",
+        "  joint_blocks.0.x_block.mlp.fc1.weight  SQNR ∞ dB  bias 0  saturated 0 %  flushed 0 %",
     ):
         assert line in text.splitlines(), text
 
 
-def test_the_summary_names_the_worst_five_and_what_was_lost(run, tmp_path, target):
+def test_the_summary_lists_the_worst_five(run, tmp_path, target):
     tensors = weights(*(f"blocks.{i}.linear.weight" for i in range(7)), shape=(16, 16))
     tensors["blocks.3.linear.weight"] = torch.full((16, 16), 1000.0)
     tensors["blocks.5.linear.weight"] = torch.full((16, 16), 1e-5)
@@ -219,11 +219,11 @@ def test_the_summary_names_the_worst_five_and_what_was_lost(run, tmp_path, targe
     worst = text.split("lowest SQNR\n")[1].splitlines()[:5]
     assert worst[0].split() == [
         "blocks.5.linear.weight",
-        *("SQNR", "0.00", "dB", "bias", "-1.0e-05", "saturated", "0", "flushed", "100", "%"),
+        *("SQNR", "0.0", "dB", "bias", "−1.0e−5", "saturated", "0", "%", "flushed", "100", "%"),
     ]
     assert worst[1].split() == [
         "blocks.3.linear.weight",
-        *("SQNR", "5.16", "dB", "bias", "-5.5e+02", "saturated", "100", "%", "flushed", "0"),
+        *("SQNR", "5.2", "dB", "bias", "−5.5e2", "saturated", "100", "%", "flushed", "0", "%"),
     ]
     assert len([line for line in worst if line.startswith("  blocks.")]) == 5
 
@@ -248,7 +248,7 @@ def test_json_has_no_infinity_where_nothing_is_lost(run, tmp_path, target):
     assert json.loads(text, parse_constant=pytest.fail)["error"]["sqnr"] is None
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(run, source, target, tmp_path):
+def test_a_dry_run_shows_the_plan_and_writes_nothing(run, source, target, tmp_path):
     before = sorted(tmp_path.iterdir())
     code, text, _ = run(source, target, "--dry-run", "--keep", "joint_blocks.1")
     assert code == 0
@@ -265,15 +265,26 @@ def test_a_dry_run_as_json(run, source, target):
     assert data["bytes_before"] - data["bytes_after"] == QUANTIZED * (512 - 4)
 
 
+def test_json_gives_the_reason_and_its_parts(run, source, target):
+    _, text, _ = run(source, target, "--dry-run", "--json", "--keep", "joint_blocks.1")
+    kept = {tensor["key"]: tensor for tensor in json.loads(text)["kept"]}
+    by_user = kept["joint_blocks.1.x_block.attn.qkv.weight"]
+    assert by_user["reason"] == "kept by pattern 'joint_blocks.1'"
+    assert (by_user["kind"], by_user["pattern"], by_user["preset"]) == ("keep_pattern", "joint_blocks.1", "")
+    by_preset = next(tensor for tensor in kept.values() if tensor["kind"] == "preset_pattern")
+    assert by_preset["preset"] == "sd3" and by_preset["pattern"] in by_preset["key"]
+    assert by_preset["reason"] == f"kept by pattern '{by_preset['pattern']}' of preset sd3"
+
+
 def test_progress_shows_the_tensor_and_the_speed(run, source, target):
     _, _, errors = run(source, target)
     assert "B/s" in errors
     assert any(key in errors for key in sd3())
 
 
-def test_notes_are_told(run, source, target):
+def test_notes_are_printed(run, source, target):
     _, text, _ = run(source, target, "--fp8_type", "e5m2")
-    assert "note: ComfyUI 0.3.75: fails to load; it knows no float8_e5m2 entry (KeyError)" in text.splitlines()
+    assert any(line.startswith("note: ComfyUI 0.3.75: fails to load; ") for line in text.splitlines())
 
 
 # --- quantize: figures
@@ -286,13 +297,13 @@ def test_plots_show_all_layers_and_the_worst(run, source, target, tmp_path):
     names = sorted(path.name for path in folder.iterdir())
     assert names[:2] == ["all_layers.png", "layer_by_layer.png"]
     assert [name[:21] for name in names[2:]] == ["worst_01_joint_blocks", "worst_02_joint_blocks"]
-    assert all(f"drawn: {folder / name}" in errors for name in names)
+    assert all(f"figure: {folder / name}" in errors for name in names)
     for name in names:
         with Image.open(folder / name) as image:
             pixels = np.asarray(image.convert("RGB"))
         assert pixels.shape[1] == 1024
         assert (pixels[:8] == 255).all(), "the margin is white"
-        assert 0.02 < (pixels != 255).any(axis=2).mean() < 0.95, "something is drawn, and not all over"
+        assert 0.02 < (pixels != 255).any(axis=2).mean() < 0.95, "neither empty nor full"
 
 
 def test_plots_lie_beside_the_file_by_default(run, source, target, tmp_path):
@@ -309,12 +320,12 @@ def test_the_sample_size_bounds_the_dots(source, target, total):
     assert first == report.layers[-1].error.samples[: len(first)]
 
 
-def test_figure_names_suit_every_file_system():
+def test_figure_names_are_valid_on_every_file_system():
     assert file_name("blocks.0/attn:qkv*?.weight") == "blocks.0_attn_qkv__.weight"
     assert len(file_name("x" * 5000)) == 150
 
 
-def test_without_matplotlib_the_job_does_not_begin(run, source, target, monkeypatch):
+def test_without_matplotlib_the_job_does_not_start(run, source, target, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, errors = run(source, target, "--plot")
     assert (code, target.exists()) == (1, False)
@@ -360,7 +371,7 @@ def test_debug_shows_where_an_error_comes_from(run, target, tmp_path):
     assert errors.splitlines()[-1] == "error: missing.safetensors: cannot be opened: No such file or directory"
 
 
-# --- ends
+# --- exit codes
 
 
 @pytest.mark.parametrize(
@@ -377,9 +388,9 @@ def test_debug_shows_where_an_error_comes_from(run, target, tmp_path):
             "--preset: invalid choice: 'flax' (choose from 'auto', 'all_linear', 'flux'",
         ),
         (["in", "out", "--layout", "new"], "--layout: invalid choice: 'new' (choose from 'native', 'legacy')"),
-        (["in", "out", "--device", "abacus"], "--device: there is no device 'abacus' here"),
-        (["in", "out", "--device", "cuda:77"], "--device: there is no device 'cuda:77' here"),
-        (["in", "out", "--dry-run", "--plot"], "--plot draws what quantizing did: it cannot go with --dry-run"),
+        (["in", "out", "--device", "abacus"], "--device: device 'abacus' is not available"),
+        (["in", "out", "--device", "cuda:77"], "--device: device 'cuda:77' is not available"),
+        (["in", "out", "--dry-run", "--plot"], "--plot and --dry-run exclude each other"),
         (["in", "out", "--over"], "unrecognized arguments: --over"),
         (["inspect"], "required: FILE"),
         (["compare", "in", "--fp8_type", "e4m3"], "unrecognized arguments: --fp8_type"),
@@ -395,7 +406,7 @@ def test_a_wrong_command_line_is_exit_code_2(run, arguments, message):
     ("flags", "message"),
     [
         (["--keep", "joint_blokcs"], "pattern 'joint_blokcs' matches no tensor; did you mean joint_blocks"),
-        (["--only", "a..b"], "'a..b' is no pattern"),
+        (["--only", "a..b"], "'a..b' is not a pattern"),
         (["--seed", str(2**64)], "seed 18446744073709551616 is out of range"),
     ],
 )
@@ -426,7 +437,7 @@ def _huge_header(path):
 
 BAD_FILES = {
     "missing": (lambda path: None, "cannot be opened: No such file or directory"),
-    "a folder": (lambda path: path.mkdir(), "is no file"),
+    "a folder": (lambda path: path.mkdir(), "is not a regular file"),
     "empty": (lambda path: path.write_bytes(b""), "is truncated"),
     "a text": (lambda path: path.write_bytes(b"hello, world, I am no model"), "is not a safetensors file"),
     "a pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "is a Python pickle"),
@@ -475,7 +486,7 @@ def test_inspect_and_compare_say_the_same_of_a_bad_file(run, tmp_path, kind):
         assert message in one_line(errors)
 
 
-def test_the_source_is_never_the_target(run, source):
+def test_the_source_cannot_be_the_target(run, source):
     before = source.read_bytes()
     code, _, errors = run(source, source, "--overwrite")
     assert (code, source.read_bytes()) == (1, before)
@@ -483,7 +494,7 @@ def test_the_source_is_never_the_target(run, source):
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/out.safetensors", "out.bin"])
-def test_a_target_that_cannot_be_is_exit_code_1(run, source, tmp_path, where):
+def test_an_impossible_target_is_exit_code_1(run, source, tmp_path, where):
     code, _, errors = run(source, tmp_path / where)
     assert code == 1
     assert one_line(errors)
@@ -511,19 +522,19 @@ def test_ctrl_c_is_exit_code_130(run, source, target, tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "quantize_file", press)
     code, _, errors = run(source, target)
-    assert (code, one_line(errors)) == (130, "error: cancelled; nothing was changed\n")
+    assert (code, one_line(errors)) == (130, "error: cancelled; no file was changed\n")
 
 
-def test_a_surprise_is_one_line_too(run, source, target, monkeypatch):
+def test_an_unexpected_error_is_one_line_too(run, source, target, monkeypatch):
     def fail(*arguments, **choices):
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setattr(command, "quantize_file", fail)
     code, _, errors = run(source, target)
-    assert (code, one_line(errors)) == (1, "error: RuntimeError: out of memory (--debug shows where)\n")
+    assert (code, one_line(errors)) == (1, "error: RuntimeError: out of memory (--debug shows the traceback)\n")
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(run, source, target):
+def test_a_folder_that_cannot_be_created_is_one_line(run, source, target):
     code, _, errors = run(source, target, "--plot", "--plot_dir", source / "figures")
     assert (code, target.exists()) == (1, False)
     assert one_line(errors) == f"error: {source / 'figures'}: Not a directory\n"
@@ -538,7 +549,7 @@ def quantized(source, target):
     return target
 
 
-def test_a_sound_file_is_exit_code_0(run, quantized):
+def test_a_file_without_problems_is_exit_code_0(run, quantized):
     code, text, _ = run("inspect", quantized)
     assert code == 0
     assert text.startswith("out.safetensors: SD3, SD3.5, 8 scaled FP8 layers (float8_e4m3fn; marked: header, inline)")
@@ -555,7 +566,7 @@ def faulty(quantized, tmp_path):
     return path
 
 
-def test_a_faulty_file_is_exit_code_1_and_can_be_repaired(run, faulty, tmp_path):
+def test_a_file_with_problems_is_exit_code_1_and_can_be_repaired(run, faulty, tmp_path):
     code, text, _ = run("inspect", faulty)
     assert code == 1
     assert text.count("error: ") == QUANTIZED
@@ -621,55 +632,55 @@ def test_compare_measures_what_quantizing_does(run, tmp_path, target):
 def test_compare_takes_fp8_files_too(run, quantized):
     code, text, _ = run("compare", quantized)
     assert code == 0
-    assert "lossless" in next(line for line in text.splitlines() if line.split()[:2] == ["float8_e4m3fn", "nearest"])
+    assert "∞ dB" in next(line for line in text.splitlines() if line.split()[:2] == ["float8_e4m3fn", "nearest"])
 
 
 @pytest.fixture
 def calibration(source, tmp_path):
-    """A file that knows one layer of the source."""
-    observer = ActivationRecorder()
+    """A calibration file of one layer of the source."""
+    recorder = ActivationRecorder()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 16, generator=generator) @ torch.randn(
         16, load_file(source)[QKV].shape[1], generator=generator
     )
-    observer.observe(QKV, x)
-    save_calibration(observer.result("prompts"), tmp_path / "calibration.safetensors")
+    recorder.observe(QKV, x)
+    save_calibration(recorder.result("prompts"), tmp_path / "calibration.safetensors")
     return tmp_path / "calibration.safetensors"
 
 
-def test_compare_with_a_calibration_tells_of_outputs(run, source, calibration):
+def test_compare_with_a_calibration_shows_output_errors(run, source, calibration):
     code, text, _ = run("compare", source, "--calibration", calibration)
     assert code == 0
     rows = [line for line in text.splitlines() if line.startswith("  float8")]
     assert len(rows) == 12
     assert "flushed" in text and "output error" in text
-    assert "7 of these 8 layers the calibration does not know" in text
+    assert "7 of these 8 layers are not in the calibration" in text
     _, text, _ = run("compare", source, "--calibration", calibration, "--json")
     data = json.loads(text, parse_constant=pytest.fail)
     errors = {(row["format"], row["rounding"]): row["output_error"] for row in data["trials"]}
     assert errors["float8_e4m3fn", "calibrated"] < 0.6 * errors["float8_e4m3fn", "nearest"]
     assert (data["calibration"], len(data["unseen"])) == ("prompts", 7)
     for row, line in zip(data["trials"], rows, strict=True):
-        assert line.endswith(f"{100 * row['output_error']:.3g} %")
+        assert line.endswith(display.share(row["output_error"]))
 
 
-def test_compare_without_a_calibration_tells_of_none(run, source):
+def test_compare_without_a_calibration_shows_no_output_errors(run, source):
     _, text, _ = run("compare", source, "--json")
     data = json.loads(text)
     assert (data["calibration"], data["unseen"], {row["output_error"] for row in data["trials"]}) == (None, [], {None})
 
 
-def test_compare_refuses_a_file_that_is_no_calibration(run, source):
+def test_compare_refuses_a_file_without_a_calibration(run, source):
     code, _, errors = run("compare", source, "--calibration", source)
-    assert (code, "holds no FP8 calibration" in errors) == (1, True)
+    assert (code, "does not hold an FP8 calibration" in errors) == (1, True)
 
 
 def test_calibrated_takes_a_calibration_file(run, source, target, calibration):
     code, out, _ = run(source, target, "--calibrated", "--calibration", calibration)
     assert code == 0
     assert "calibrated, absmax" in out
-    assert "of the output, nearest" in out
-    assert "rounded to nearest, since the calibration never saw them" in out
+    assert "with nearest (predicted, 1 calibrated layer)" in out
+    assert "7 of 8 layers were rounded to nearest" in out
 
 
 def test_calibrated_without_a_file_says_what_is_missing(run, source, target):

@@ -1,4 +1,4 @@
-"""Error statistics against numpy in float64, and the two ways of gathering them against each other."""
+"""Error statistics against numpy in float64, and counting (lookup table) against measuring (arithmetic)."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_step_histogram_against_numpy(format, rounding):
     expected, _ = np.histogram(steps, bins=step_bin_edges())
     histogram = np.array(q.error.step_histogram)
     assert histogram.sum() == len(x)
-    assert np.abs(histogram - expected).sum() <= 1e-3 * len(x), "positions are rounded to 16 bits"
+    assert np.abs(histogram - expected).sum() <= 1e-3 * len(x), "positions are rounded to 16 fraction bits"
 
 
 def test_relative_histogram_against_numpy():
@@ -98,7 +98,7 @@ def test_shapes_of_the_step_histograms():
 @pytest.mark.parametrize("scaling", ["absmax", "none"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_counting_gives_what_measuring_gives(monkeypatch, rounding, dtype, scaling):
+def test_counting_and_measuring_agree(monkeypatch, rounding, dtype, scaling):
     x = weights(700_000, dtype) * (100 if scaling == "none" else 1)
     options = {"rounding": rounding, "scaling": scaling, "statistics": True, "key": "w"}
     counted = quantize_tensor(x, **options).error
@@ -114,8 +114,8 @@ def test_counting_gives_what_measuring_gives(monkeypatch, rounding, dtype, scali
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_huge_weights_have_the_ratios_of_usual_ones(dtype):
-    """Their squares are beyond fp32, which ends at 2^128."""
+def test_statistics_of_huge_weights(dtype):
+    """Their squares overflow fp32, which ends at 2^128."""
     x = weights(20_000, dtype)
     usual, extreme = (quantize_tensor(x * by, key="w", statistics=True).error for by in (1, 2.0**100))
     assert extreme.rmse == pytest.approx(2.0**100 * usual.rmse, rel=1e-5)
@@ -125,8 +125,8 @@ def test_huge_weights_have_the_ratios_of_usual_ones(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_of_tiny_weights_nothing_is_left(dtype):
-    """The smallest scale makes zeros of them all, and their squares are below fp32, which begins at 2^-149."""
+def test_statistics_of_tiny_weights(dtype):
+    """All are flushed to zero, because of the smallest scale. Their squares underflow fp32, which starts at 2^-149."""
     x = weights(20_000, dtype) * 2.0**-90
     error = quantize_tensor(x, key="w", statistics=True).error
     assert error.rmse == error.rms == pytest.approx(float(x.double().square().mean().sqrt()), rel=1e-5)
@@ -141,7 +141,7 @@ def test_merging_the_halves_gives_the_whole():
     for part in (x[:half], x[half:]):
         padded = torch.cat([part, x.abs().max()[None]])
         parts.append(quantize_tensor(padded, statistics=True, rounding="nearest").error)
-    both = parts[0] + parts[1]
+    both = merge(parts)
     assert both.count == q.error.count + 2
     assert both.amax == q.error.amax
     assert sum(both.step_histogram) == both.count
@@ -151,7 +151,7 @@ def test_merging_the_halves_gives_the_whole():
     assert len(both.samples) == 128
 
 
-def test_samples_are_pairs_from_the_tensor():
+def test_samples_are_pairs_of_original_and_dequantized():
     x = weights(10_000)
     q = quantize_tensor(x, statistics=True, key="w")
     dequantized = dequantize_tensor(q.codes, q.scale)
@@ -165,19 +165,12 @@ def test_without_statistics_there_is_no_error():
     assert quantize_tensor(torch.ones(3)).error is None
 
 
-def test_nothing_measured_is_harmless():
+def test_statistics_of_nothing():
     empty = ErrorStatistics()
     assert (empty.bias, empty.rmse, empty.rms, empty.relative_rmse, empty.sqnr) == (0, 0, 0, 0, math.inf)
     assert merge([]) == empty
     assert quantize_tensor(torch.ones(0), statistics=True).error.count == 0
 
 
-def test_sqnr_of_noise_without_a_signal_is_minus_infinity():
+def test_sqnr_without_a_signal_is_minus_infinity():
     assert ErrorStatistics(count=1, sum_squared_error=1.0).sqnr == -math.inf
-
-
-def test_statistics_survive_json():
-    import json
-
-    error = quantize_tensor(weights(5_000), statistics=True).error
-    assert ErrorStatistics.from_dict(json.loads(json.dumps(error.to_dict(), allow_nan=False))) == error

@@ -1,16 +1,16 @@
-"""The figures are read back: what their artists hold is checked against the report, and their pixels against goldens.
+"""The data that each figure draws is checked against the report, and its pixels against golden thumbnails.
 
-UPDATE_GOLDENS=1 writes the golden thumbnails anew; look at them before committing.
+UPDATE_GOLDENS=1 writes new thumbnails; look at them before committing.
 """
 
 import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -34,12 +34,15 @@ from stochastic_fp8_pack.kernels.figures import (
 )
 from stochastic_fp8_pack.kernels.figures.histogram import in_numbers, in_plain_words
 from stochastic_fp8_pack.kernels.figures.layer_report import in_order_of_depth, pool, spread
-from stochastic_fp8_pack.kernels.figures.style import percent, shorten_middle, signed
 from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
+from stochastic_fp8_pack.kernels.report.report import with_statistics
 from stochastic_fp8_pack.kernels.studies.comparison import compare_roundings
 from stochastic_fp8_pack.kernels.studies.rounding_curve import measure_rounding
 
+SQNR_PANEL = "Signal-to-quantization-noise ratio (SQNR) of each layer"
+
 GOLDENS = Path(__file__).parent / "golden_figures"
+GOLDEN_MATPLOTLIB = "3.11."
 THUMBNAIL_WIDTH = 256
 LONG_NAME = "a_module_with_a_name_of_some_length." * 6 + "weight"
 
@@ -84,8 +87,8 @@ def pixels(figure):
     return (to_image(figure)[0].numpy() * 255).round().astype(np.uint8)
 
 
-def assert_sound(figure):
-    """Finite axes, and no text that leaves the picture or lies on another."""
+def assert_readable(figure):
+    """Finite axes, and no text that leaves the figure or overlaps another."""
     figure.canvas.draw()
     for axes in figure.axes:
         limits = axes.get_xlim() + axes.get_ylim()
@@ -119,7 +122,9 @@ def all_labels(axis):
 
 
 def assert_like_golden(figure, name):
-    """The picture at THUMBNAIL_WIDTH, within a mean difference that fonts and antialiasing may make."""
+    """The figure at THUMBNAIL_WIDTH, within the mean difference that fonts and antialiasing may cause."""
+    if not matplotlib.__version__.startswith(GOLDEN_MATPLOTLIB):
+        pytest.skip(f"the goldens were drawn by matplotlib {GOLDEN_MATPLOTLIB}x; others draw text differently")
     height = round(figure.bbox.height * THUMBNAIL_WIDTH / figure.bbox.width)
     thumbnail = Image.fromarray(pixels(figure)).resize((THUMBNAIL_WIDTH, height), Image.Resampling.BOX)
     path = GOLDENS / f"{name}.png"
@@ -134,7 +139,7 @@ def assert_like_golden(figure, name):
 # --- every figure
 
 
-def test_matplotlib_is_imported_when_a_figure_is_drawn_and_pyplot_never():
+def test_matplotlib_is_imported_only_when_a_figure_is_drawn():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import conftest; from reports import small_report;"
         "from stochastic_fp8_pack.kernels.figures import error_histogram, to_image;"
@@ -153,25 +158,25 @@ def test_image_size_and_range(size):
     assert image.max() == 1
 
 
-def test_a_size_out_of_range_is_named():
-    with pytest.raises(ValueError, match="width is 99 pixels: choose one from 256 to 4096"):
+def test_width_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="width is 99 pixels; choose 256 to 4096"):
         error_histogram(small_report(), width=99)
 
 
-def test_a_height_at_which_texts_would_overlap_is_refused():
-    with pytest.raises(ValueError, match="height is 300 pixels: at a width of 1024 choose 431 to 4096"):
+def test_too_low_a_height_is_refused():
+    with pytest.raises(ValueError, match="height is 300 pixels; for a width of 1024 choose 431 to 4096"):
         error_histogram(small_report(), height=300)
 
 
-def test_the_fourth_panel_of_a_comparison_needs_room_which_is_known_before_the_work(calibrated_comparison):
+def test_comparison_size_is_checked_before_the_work(calibrated_comparison):
     check_comparison_size(1000, 700, calibrated=False)
-    with pytest.raises(ValueError, match="height is 700 pixels: at a width of 1000 choose 800 to 4096") as known:
+    with pytest.raises(ValueError, match="height is 700 pixels; for a width of 1000 choose 800 to 4096") as known:
         check_comparison_size(1000, 700, calibrated=True)
     with pytest.raises(ValueError, match=re.escape(str(known.value))):
         comparison_figure(calibrated_comparison, width=1000, height=700)
 
 
-def test_the_users_matplotlib_settings_do_not_show():
+def test_matplotlib_settings_of_the_user_are_ignored():
     import matplotlib
 
     plain = pixels(error_histogram(small_report()))
@@ -186,36 +191,16 @@ def test_png_bytes_repeat(tmp_path):
     assert Image.open(tmp_path / "a.png").size == (1024, 480)
 
 
-def test_shorten_middle():
-    assert shorten_middle("short", 5) == "short"
-    assert shorten_middle("abcdefghijklmnop", 10) == "abc…klmnop"
-
-
-def test_percent_never_rounds_to_zero_or_to_powers():
-    assert [percent(share) for share in (0, 1e-7, 0.00123, 0.5, 0.997, 1)] == [
-        "0 %",
-        "<0.001 %",
-        "0.123 %",
-        "50 %",
-        "99.7 %",
-        "100 %",
-    ]
-
-
-def test_signed():
-    assert [signed(-1.23e-7), signed(4.0)] == ["−1.2e−7", "+4.0e0"]
-
-
 # --- FP8 Error Histogram
 
 
-def test_histogram_is_sound(report):
-    assert_sound(error_histogram(report))
+def test_histogram_is_readable(report):
+    assert_readable(error_histogram(report))
 
 
-def test_histogram_bars_hold_the_reports_counts():
+def test_histogram_bars_match_the_report():
     report = small_report()
-    axes = axes_of(error_histogram(report), "How many steps")
+    axes = axes_of(error_histogram(report), "Error in FP8 steps")
     shares, edges, _ = axes.findobj(StepPatch)[0].get_data()
     counts = np.sum([layer.error.step_histogram for layer in report.layers], axis=0)
     total = sum(layer.error.count for layer in report.layers)
@@ -231,21 +216,22 @@ def test_histogram_bars_hold_the_reports_counts():
     [("stochastic", [(-1, 0), (0, 6.25), (1, 0)]), ("nearest", [(-0.5, 0), (-0.5, 6.25), (0.5, 6.25), (0.5, 0)])],
 )
 def test_histogram_theory_line(rounding, corners):
-    (line,) = axes_of(error_histogram(small_report(rounding=rounding)), "How many steps").lines
+    (line,) = axes_of(error_histogram(small_report(rounding=rounding)), "Error in FP8 steps").lines
     assert line.get_xydata() == pytest.approx(np.array(corners))
 
 
-def test_a_rounding_without_a_law_of_its_own_has_no_theory_line():
+@pytest.mark.parametrize("panel", ["Error in FP8 steps", "Error relative to amax"])
+def test_calibrated_rounding_has_no_theory_lines(panel):
     report = small_report()
     report = replace(report, recipe=replace(report.recipe, rounding="calibrated"))
-    axes = axes_of(error_histogram(report), "How many steps")
+    axes = axes_of(error_histogram(report), panel)
     assert not axes.lines
-    assert "line: theory" not in texts(axes)
+    assert "line: " not in texts(axes)
 
 
-def test_relative_error_bars_hold_the_reports_counts():
+def test_relative_error_bars_match_the_report():
     report = small_report(rounding="nearest")
-    axes = axes_of(error_histogram(report), "How large")
+    axes = axes_of(error_histogram(report), "Error relative to amax")
     shares, edges, _ = axes.findobj(StepPatch)[0].get_data()
     counts = np.sum([layer.error.relative_histogram for layer in report.layers], axis=0)
     widths = np.array([np.log2(1.5), np.log2(4 / 3)] * 32)
@@ -263,11 +249,11 @@ def test_relative_error_bars_hold_the_reports_counts():
     ],
 )
 def test_relative_error_limit(recipe, limit):
-    (line,) = axes_of(error_histogram(small_report(**recipe)), "How large").lines
+    (line,) = axes_of(error_histogram(small_report(**recipe)), "Error relative to amax").lines
     assert line.get_xdata() == [limit, limit]
 
 
-def test_scatter_holds_the_samples():
+def test_scatter_shows_the_samples():
     report = small_report()
     axes = axes_of(error_histogram(report), "Before and after")
     drawn = {tuple(point) for point in axes.collections[0].get_offsets().data}
@@ -282,7 +268,7 @@ def test_scatter_gives_every_layer_its_share():
     assert share == pytest.approx(0.25, abs=0.02)
 
 
-def test_saturated_values_are_coloured_apart():
+def test_saturated_values_have_their_own_colour():
     report = saturating_report()
     axes = axes_of(error_histogram(report), "Before and after")
     marked = {tuple(point) for point in axes.collections[1].get_offsets().data}
@@ -295,27 +281,29 @@ def test_histogram_of_chosen_layers():
     report = small_report()
     figure = error_histogram(report, report.layers[1:3])
     assert "made_up.safetensors: 2 of 4 layers" in texts(figure)
-    shares, _, _ = axes_of(figure, "How many steps").findobj(StepPatch)[0].get_data()
+    shares, _, _ = axes_of(figure, "Error in FP8 steps").findobj(StepPatch)[0].get_data()
     counts = np.add(report.layers[1].error.step_histogram, report.layers[2].error.step_histogram)
     assert shares[20] == pytest.approx(100 * (counts[39] / 2 + counts[40] + counts[41] / 2) / 4096)
 
 
-def test_histogram_without_statistics_says_so():
+def test_histogram_without_statistics_is_refused():
     report = small_report()
     report = replace(report, layers=tuple(replace(layer, error=None) for layer in report.layers))
-    with pytest.raises(ValueError, match="made_up.safetensors holds no error statistics"):
+    with pytest.raises(ValueError, match="made_up.safetensors: the report has no error statistics"):
         error_histogram(report)
 
 
 def test_caption_in_plain_words():
     lossy = ErrorStatistics(count=1000, sum_squared_error=4.0, sum_squared=1600.0, saturated=2, flushed=10)
     assert in_plain_words(lossy) == (
-        "The error is 5 % of a typical value; "
-        "0.2 % of the values were too large for FP8 and were cut and 1 % became zero."
+        "The error is 5 % of a typical value. 0.2 % of the values were too large and saturated. "
+        "1 % of the values became zero."
     )
+    exact_enough = replace(lossy, saturated=0, flushed=0)
+    assert in_plain_words(exact_enough) == "The error is 5 % of a typical value. No value saturated or became zero."
     assert in_plain_words(ErrorStatistics(count=4, exact=4)) == "All values are zero: nothing was lost."
     assert in_plain_words(ErrorStatistics(count=4, exact=4, sum_squared=1.0)) == (
-        "FP8 holds every value exactly: nothing was lost."
+        "FP8 represents every value exactly: nothing was lost."
     )
     assert in_plain_words(ErrorStatistics()) == "There are no values."
 
@@ -325,12 +313,12 @@ def test_caption_in_numbers():
         count=10000, sum_error=-0.01, sum_squared_error=4.0, sum_squared=1600.0, saturated=2, flushed=10
     )
     assert in_numbers(error) == (
-        "bias −1.0e−6 (chance alone: ±2.0e−4) · relative RMSE 5 % · SQNR 26.0 dB · saturated 0.02 % · flushed 0.1 %"
+        "bias −1.0e−6 (by chance: ±2.0e−4) · relative RMSE 5 % · SQNR 26.0 dB · saturated 0.02 % · flushed 0.1 %"
     )
 
 
-def test_lowest_histogram_is_sound():
-    assert_sound(error_histogram(small_report(), width=1024, height=431))
+def test_lowest_histogram_is_readable():
+    assert_readable(error_histogram(small_report(), width=1024, height=431))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -338,32 +326,29 @@ def test_histogram_looks_as_before(name):
     assert_like_golden(error_histogram(small_report(**RECIPES[name])), f"error_histogram_{name.replace(' ', '_')}")
 
 
-def test_histogram_of_a_thousand_layers_is_fast():
-    report = repeated(small_report(), 1000)
-    to_image(error_histogram(small_report()))
-    start = time.process_time()
-    to_image(error_histogram(report))
-    assert time.process_time() - start < 1.5
+def test_histogram_of_a_thousand_layers_draws_as_much_as_one_of_few():
+    few, many = (error_histogram(report) for report in (small_report(), repeated(small_report(), 1000)))
+    assert len(many.findobj()) < 1.5 * len(few.findobj())
 
 
 # --- FP8 Layer Report
 
 
-def test_layer_report_is_sound(report):
+def test_layer_report_is_readable(report):
     if not report.layers[0].error.count:
-        with pytest.raises(ValueError, match="holds no error statistics"):
+        with pytest.raises(ValueError, match="has no error statistics"):
             layer_report(report)
         return
-    assert_sound(layer_report(report))
+    assert_readable(layer_report(report))
 
 
-def test_lowest_layer_report_is_sound():
-    assert_sound(layer_report(small_report(), width=1024, height=615))
+def test_lowest_layer_report_is_readable():
+    assert_readable(layer_report(small_report(), width=1024, height=615))
 
 
-def test_layer_report_dots_hold_the_sqnr_by_kind():
+def test_layer_report_dots_show_the_sqnr_by_kind():
     report = small_report()
-    axes = axes_of(layer_report(report), "Signal over quantization noise, layer by layer")
+    axes = axes_of(layer_report(report), SQNR_PANEL)
     dots = {dots.get_label(): dots.get_offsets().data.tolist() for dots in axes.collections}
     sqnr = [layer.error.sqnr for layer in report.layers]
     assert dots == {
@@ -377,7 +362,7 @@ def test_layer_report_dots_hold_the_sqnr_by_kind():
 def test_layers_are_in_order_of_depth():
     keys = ["blocks.10.a", "blocks.2.b", "blocks.2.a", "final.a", "a_embedder"]
     layers = [replace(small_report().layers[0], key=key) for key in keys]
-    assert [layer.key for layer in in_order_of_depth(layers)] == [
+    assert [layer.key for layer, _ in in_order_of_depth(with_statistics(layers))] == [
         "a_embedder",
         "blocks.2.a",
         "blocks.2.b",
@@ -386,7 +371,7 @@ def test_layers_are_in_order_of_depth():
     ]
 
 
-def test_layer_report_names_the_worst_five_and_numbers_their_dots():
+def test_layer_report_lists_the_worst_five_and_numbers_their_dots():
     weights = {f"blocks.{i}.attn.qkv.weight": heavy_tailed(i, 32, 32) for i in range(8)}
     report = report_on(weights)
     figure = layer_report(report)
@@ -394,12 +379,12 @@ def test_layer_report_names_the_worst_five_and_numbers_their_dots():
     written = texts(figure)
     for layer in worst:
         assert layer.key.removesuffix(".weight") in written
-    axes = axes_of(figure, "Signal over quantization noise, layer by layer")
+    axes = axes_of(figure, SQNR_PANEL)
     ties = sorted(tuple(line.get_xydata()[0]) for line in axes.lines)
     assert ties == sorted((report.layers.index(layer) + 1, layer.error.sqnr) for layer in worst)
 
 
-def test_worst_layers_numbers_stay_apart_and_inside():
+def test_numbers_of_the_worst_layers_stay_apart_and_inside():
     for places in ([1, 2, 3, 4, 5], [996, 997, 998, 999, 1000], [1, 500, 501, 502, 1000]):
         spots = spread(places, 1000)
         assert all(after - before >= 45 - 1e-9 for before, after in zip(spots, spots[1:], strict=False))
@@ -407,17 +392,17 @@ def test_worst_layers_numbers_stay_apart_and_inside():
         assert spots[-1] <= 1000
 
 
-def test_a_lossless_layer_is_shown_as_such():
+def test_lossless_layer_is_a_triangle():
     weights = {"blocks.0.weight": heavy_tailed(0, 32, 32), "blocks.1.weight": torch.zeros(32, 32)}
     figure = layer_report(report_on(weights))
-    axes = axes_of(figure, "Signal over quantization noise, layer by layer")
+    axes = axes_of(figure, SQNR_PANEL)
     triangle = axes.collections[1].get_offsets().data
     assert triangle[0, 0] == 2
     assert triangle[0, 1] < axes.get_ylim()[1]
     assert "▲ lossless: 1" in texts(figure)
 
 
-def test_layer_report_strip_holds_the_shares():
+def test_layer_report_cells_show_the_shares():
     report = saturating_report()
     figure = layer_report(report)
     (mesh,) = (mesh for axes in figure.axes for mesh in axes.findobj(QuadMesh) if mesh.get_array().shape == (2, 1))
@@ -436,7 +421,7 @@ def test_pooling_keeps_the_largest_share():
     assert pooled[-1, 0] == 0.125
 
 
-def test_size_bars_hold_the_bytes_by_kind():
+def test_size_bars_show_the_bytes_by_kind():
     axes = axes_of(layer_report(small_report()), "Size")
     widths = [patch.get_width() for patch in axes.patches]
     assert widths == [4096, 4096, 4096, 4096, 64, 2052, 2052, 2052, 2052, 64]
@@ -448,7 +433,7 @@ def test_layer_report_looks_as_before():
     assert_like_golden(layer_report(small_report()), "layer_report")
 
 
-OUTPUTS = "Error of a layer's output, predicted"
+OUTPUTS = "Predicted error of each layer's output"
 
 
 def calibrated(report, errors):
@@ -462,7 +447,7 @@ def two_calibrated():
     return calibrated(small_report(), [(0.014, 0.004), (0.02, 0.02)])
 
 
-def test_layer_report_shows_the_errors_of_calibrated_outputs():
+def test_layer_report_shows_the_output_errors():
     figure = layer_report(two_calibrated())
     axes = axes_of(figure, OUTPUTS)
     ties, nearest, chosen = axes.collections
@@ -472,11 +457,11 @@ def test_layer_report_shows_the_errors_of_calibrated_outputs():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["nearest", "calibrated"]
     assert nearest.get_facecolor()[0].mean() > chosen.get_facecolor()[0].mean(), "light and dark"
     assert axes.get_yscale() == "log"
-    assert "% of the output" in texts(axes)
-    assert axes.get_xlim() == axes_of(figure, "Signal over quantization noise, layer by layer").get_xlim() == (0.5, 4.5)
+    assert "error (% of output)" in texts(axes)
+    assert axes.get_xlim() == axes_of(figure, SQNR_PANEL).get_xlim() == (0.5, 4.5)
 
 
-def test_errors_of_outputs_that_are_nothing_lie_on_the_edge():
+def test_output_errors_of_zero_are_triangles():
     axes = axes_of(layer_report(calibrated(small_report(), [(0.0, 0.0), (0.01, 0.0), (0.01, 0.005)])), OUTPUTS)
     low, high = axes.get_ylim()
     edges = [dots.get_offsets().data for dots in axes.collections if len(dots.get_paths()[0].vertices) == 4]
@@ -487,34 +472,31 @@ def test_errors_of_outputs_that_are_nothing_lie_on_the_edge():
 
 @pytest.mark.parametrize("size", [(1024, 717), (1024, 768), (768, 576), (1600, 1200)])
 @pytest.mark.parametrize(("layers", "decades"), [(1, 0), (4, 0.5), (57, 1.4), (57, 2.4), (1000, 6)])
-def test_layer_report_with_errors_of_outputs_is_sound(size, layers, decades):
+def test_layer_report_with_output_errors_is_readable(size, layers, decades):
     rank = np.random.default_rng(0).random((layers, 2))
     errors = np.sort(0.01 * 10 ** (decades * (rank - 0.5)), axis=1)[:, ::-1]
     figure = layer_report(calibrated(repeated(small_report(), layers), errors.tolist()), width=size[0], height=size[1])
-    assert_sound(figure)
+    assert_readable(figure)
     axes = axes_of(figure, OUTPUTS)
     low, high = axes.get_ylim()
     assert low < 100 * errors.min() <= 100 * errors.max() < high
     assert sum(low <= tick <= high for tick in axes.get_yticks()) in range(2, 8)
 
 
-def test_a_low_layer_report_leaves_the_errors_of_outputs_to_its_caption():
+def test_low_layer_report_has_the_output_errors_in_its_caption():
     figure = layer_report(two_calibrated(), width=1024, height=640)
     assert OUTPUTS not in texts(figure)
-    assert "median 1.2 % of the output, nearest 1.7 %" in texts(figure)
-    assert_sound(figure)
+    assert "median 1.2 % of the output, 1.7 % with nearest" in texts(figure)
+    assert_readable(figure)
 
 
-def test_layer_report_with_errors_of_outputs_looks_as_before():
+def test_layer_report_with_output_errors_looks_as_before():
     assert_like_golden(layer_report(two_calibrated()), "layer_report_calibrated")
 
 
-def test_layer_report_of_a_thousand_layers_is_fast():
-    report = calibrated(repeated(small_report(), 1000), [(0.02, 0.005)] * 1000)
-    to_image(layer_report(small_report()))
-    start = time.process_time()
-    to_image(layer_report(report))
-    assert time.process_time() - start < 1.5
+def test_layer_report_of_a_thousand_layers_draws_as_much_as_one_of_few():
+    few, many = (layer_report(calibrated(repeated(small_report(), n), [(0.02, 0.005)] * n)) for n in (4, 1000))
+    assert len(many.findobj()) < 1.5 * len(few.findobj())
 
 
 # --- Compare FP8 Roundings
@@ -527,10 +509,10 @@ def comparison():
     )
 
 
-def test_comparison_boxes_hold_the_layers(comparison):
+def test_comparison_boxes_show_the_layers(comparison):
     figure = comparison_figure(comparison)
-    assert_sound(figure)
-    axes = axes_of(figure, "Error of a weight, against a typical weight")
+    assert_readable(figure)
+    axes = axes_of(figure, "Error of the weights")
     boxes = [patch for patch in axes.patches if patch.get_facecolor()[3] < 1]
     assert len(boxes) == 10
     for box, trial in zip(boxes, comparison.trials, strict=True):
@@ -541,9 +523,9 @@ def test_comparison_boxes_hold_the_layers(comparison):
         assert [label.get_text() for label in figure.axes[2].get_xticklabels()][int(rounding)] == trial.rounding
 
 
-def test_comparison_of_nothing_lost_is_sound():
+def test_comparison_without_errors_is_readable():
     figure = comparison_figure(compare_roundings([("a.weight", torch.zeros(4, 4))], source=LONG_NAME))
-    assert_sound(figure)
+    assert_readable(figure)
     assert "Every rounding in both formats keeps these layers exactly." in texts(figure)
 
 
@@ -558,23 +540,23 @@ def test_comparison_looks_as_before(comparison):
 
 @pytest.fixture(scope="module")
 def calibrated_comparison():
-    """Four layers, of which the calibration saw three."""
-    observer = ActivationRecorder()
+    """Four layers, three of them in the calibration."""
+    recorder = ActivationRecorder()
     generator = torch.Generator().manual_seed(0)
     for i in range(3):
         shared = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
-        observer.observe(f"blocks.{i}.mlp.fc1.weight", shared + 0.5 * torch.randn(4000, 32, generator=generator))
+        recorder.observe(f"blocks.{i}.mlp.fc1.weight", shared + 0.5 * torch.randn(4000, 32, generator=generator))
     return compare_roundings(
         ((f"blocks.{i}.mlp.fc1.weight", heavy_tailed(i, 64, 32)) for i in range(4)),
         source="made_up.safetensors",
-        calibration=observer.result("prompts"),
+        calibration=recorder.result("prompts"),
     )
 
 
-OUTPUT_PANEL = "Error of a layer's output, on what the calibration saw"
+OUTPUT_PANEL = "Error of the layer outputs on recorded inputs"
 
 
-def test_a_calibration_adds_a_panel_and_a_rounding(calibrated_comparison):
+def test_calibration_adds_a_panel_and_a_rounding(calibrated_comparison):
     figure = comparison_figure(calibrated_comparison)
     assert len(figure.axes) == 4
     axes = axes_of(figure, OUTPUT_PANEL)
@@ -586,25 +568,25 @@ def test_a_calibration_adds_a_panel_and_a_rounding(calibrated_comparison):
         quartiles = np.percentile(100 * np.array(trial.output_errors), (25, 75))
         assert (heights.min(), heights.max()) == pytest.approx(tuple(quartiles))
     assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == [*ROUNDINGS, "calibrated"]
-    assert "1 of these 4 layers the calibration does not know" in texts(figure)
+    assert "1 of these 4 layers is not in the calibration" in texts(figure)
 
 
 @pytest.mark.parametrize("size", [(1024, 820), (1024, 832), (1024, 1024), (768, 768), (1600, 1400)])
-def test_a_comparison_with_a_calibration_is_sound(calibrated_comparison, size):
-    assert_sound(comparison_figure(calibrated_comparison, width=size[0], height=size[1]))
+def test_comparison_with_a_calibration_is_readable(calibrated_comparison, size):
+    assert_readable(comparison_figure(calibrated_comparison, width=size[0], height=size[1]))
 
 
-def test_a_calibration_of_another_model_leaves_the_panel_empty_and_says_so(calibrated_comparison):
-    observer = ActivationRecorder()
-    observer.observe("another.weight", torch.ones(9, 32))
+def test_calibration_of_another_model_leaves_the_panel_empty(calibrated_comparison):
+    recorder = ActivationRecorder()
+    recorder.observe("another.weight", torch.ones(9, 32))
     weights = [("blocks.0.mlp.fc1.weight", heavy_tailed(0, 64, 32))]
-    figure = comparison_figure(compare_roundings(weights, source="x", calibration=observer.result()))
-    assert_sound(figure)
+    figure = comparison_figure(compare_roundings(weights, source="x", calibration=recorder.result()))
+    assert_readable(figure)
     assert not axes_of(figure, OUTPUT_PANEL).patches
-    assert "the calibration knows none of these layers" in texts(figure)
+    assert "none of these layers is in the calibration" in texts(figure)
 
 
-def test_a_comparison_with_a_calibration_looks_as_before(calibrated_comparison):
+def test_comparison_with_a_calibration_looks_as_before(calibrated_comparison):
     assert_like_golden(comparison_figure(calibrated_comparison, height=1024), "comparison_calibrated")
 
 
@@ -612,23 +594,23 @@ def test_a_comparison_with_a_calibration_looks_as_before(calibrated_comparison):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_rounding_curve_is_sound(rounding):
-    assert_sound(rounding_curve(measure_rounding("float8_e5m2", rounding, draws=50)))
+def test_rounding_curve_is_readable(rounding):
+    assert_readable(rounding_curve(measure_rounding("float8_e5m2", rounding, draws=50)))
 
 
 @pytest.mark.parametrize("limits", [(-0.02, 0.03), (400, 500), (500, 600), (-1e-9, 1e-9), (-6e4, 6e4)])
-def test_rounding_curve_of_any_range_is_sound(limits):
-    assert_sound(rounding_curve(measure_rounding("float8_e4m3fn", "stochastic", *limits, draws=20)))
+def test_rounding_curve_of_any_range_is_readable(limits):
+    assert_readable(rounding_curve(measure_rounding("float8_e4m3fn", "stochastic", *limits, draws=20)))
 
 
-def test_rounding_curve_holds_the_measurements():
+def test_rounding_curve_shows_the_measurements():
     curve = measure_rounding("float8_e4m3fn", "stochastic", draws=100)
     figure = rounding_curve(curve)
-    dots = axes_of(figure, "Chance of rounding up").collections[0].get_offsets()
+    dots = axes_of(figure, "Probability of rounding up").collections[0].get_offsets()
     assert dots[:, 0].data == pytest.approx(curve.values)
     known = ~np.isnan(curve.up)
     assert dots[known, 1].data == pytest.approx(curve.up[known])
-    line = axes_of(figure, "Variance: the price").lines[0].get_xydata()
+    line = axes_of(figure, "Variance").lines[0].get_xydata()
     at = np.searchsorted(line[:, 0], 1.0625)
     assert tuple(line[at]) == (1.0625, 0.25)
 
@@ -638,8 +620,8 @@ def test_rounding_curve_says_whether_the_mean_is_the_value():
         texts(rounding_curve(measure_rounding("float8_e5m2", rounding, draws=200)))
         for rounding in ("owlshift", "nearest")
     )
-    assert "The mean of many draws is the value itself" in unbiased
-    assert "an error that averaging cannot remove" in biased
+    assert "The mean of many draws is the value: no bias" in unbiased
+    assert "a bias that averaging cannot remove" in biased
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
@@ -660,45 +642,45 @@ def test_image_sheet_shows_a_b_and_their_difference():
     b = a.copy()
     b[10:20, 10:20] += 0.1
     figure = image_sheet(a, b, psnr=30, ssim=0.9, amplify=4)
-    assert_sound(figure)
+    assert_readable(figure)
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["A", "B", "difference × 4"]
     assert np.array_equal(shown[0], a)
     assert np.array_equal(shown[1], b)
     assert shown[2][15, 15] == pytest.approx([0.4] * 3)
     assert not shown[2][30, 30].any()
-    assert "3.26 % of the pixels differ by more than 8 of 255 levels" in texts(figure)
+    assert "3.26 % of the pixels differ by more than 8 of 255 levels, 96.7 % by less than 1." in texts(figure)
     assert "PSNR 30.0 dB · SSIM 0.9000 · mean difference 0.83 levels · largest 26 levels" in texts(figure)
 
 
-def test_image_sheet_says_what_the_pictures_are():
+def test_image_sheet_names_the_images():
     a = gradient(8, 8)
     figure = image_sheet(a, a, psnr=1, ssim=1, names=("16 bits", "nearest"), which="pair 2 of 3")
     assert [axes.get_title(loc="left") for axes in figure.axes][:2] == ["16 bits", "nearest"]
     assert "16 bits and nearest, pair 2 of 3" in texts(figure)
     assert "A and B" in texts(image_sheet(a, a, psnr=1, ssim=1))
-    assert_sound(image_sheet(a, a, psnr=1, ssim=1, names=("a long name " * 9, "$another_{long} name " * 9)))
+    assert_readable(image_sheet(a, a, psnr=1, ssim=1, names=("a long name " * 9, "$another_{long} name " * 9)))
 
 
-def test_image_sheet_of_equal_images_says_so():
+def test_image_sheet_of_equal_images():
     figure = image_sheet(gradient(8, 8), gradient(8, 8), psnr=float("inf"), ssim=1)
     assert "The images are identical." in texts(figure)
-    assert "PSNR infinite" in texts(figure)
+    assert "PSNR ∞ dB" in texts(figure)
 
 
 @pytest.mark.parametrize("shape", [(2, 64), (64, 64), (256, 64)])
 def test_image_sheet_fits_any_shape(shape):
     figure = image_sheet(gradient(*shape), gradient(*shape), psnr=1, ssim=1, width=512)
-    assert_sound(figure)
+    assert_readable(figure)
     assert all(
         axes.bbox.width == pytest.approx(axes.bbox.height * shape[1] / shape[0], rel=0.01) for axes in figure.axes
     )
 
 
-def test_image_sheet_refuses_what_it_cannot_compare():
-    with pytest.raises(ValueError, match="A is 8 × 4 pixels and B 4 × 8 pixels: compare images of one size"):
+def test_image_sheet_refuses_images_it_cannot_compare():
+    with pytest.raises(ValueError, match="A is 8 × 4 pixels, B is 4 × 8 pixels; both must have the same size"):
         image_sheet(gradient(4, 8), gradient(8, 4), psnr=1, ssim=1)
-    with pytest.raises(ValueError, match="images of 8 × 40 pixels are too tall for a sheet"):
+    with pytest.raises(ValueError, match="8 × 40 pixels are too tall; crop them to at most 4 times their width"):
         image_sheet(gradient(40, 8), gradient(40, 8), psnr=1, ssim=1)
 
 

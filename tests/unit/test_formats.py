@@ -1,4 +1,4 @@
-"""The formats' derived constants against the published ones, and every code against two other libraries."""
+"""Derived constants against the published ones, and every code against torch and ml_dtypes."""
 
 import grids
 import numpy as np
@@ -17,12 +17,12 @@ def test_every_code_decodes_as_in_torch_and_ml_dtypes(name, code):
 
 
 @pytest.mark.parametrize(
-    ("format", "largest", "quantum", "smallest_normal", "finite", "distinct"),
+    ("float8", "largest", "quantum", "smallest_normal", "finite", "distinct"),
     [(E4M3FN, 448.0, 2**-9, 2**-6, 254, 253), (E5M2, 57344.0, 2**-16, 2**-14, 248, 247)],
 )
-def test_constants(format, largest, quantum, smallest_normal, finite, distinct):
-    assert (format.max, format.quantum, format.smallest_normal) == (largest, quantum, smallest_normal)
-    values = np.array(format.values)
+def test_constants(float8, largest, quantum, smallest_normal, finite, distinct):
+    assert (float8.max, float8.quantum, float8.smallest_normal) == (largest, quantum, smallest_normal)
+    values = np.array(float8.values)
     assert np.isfinite(values).sum() == finite
     assert len(set(values[np.isfinite(values)])) == distinct
 
@@ -35,6 +35,6 @@ def test_largest_codes():
 
 
 @pytest.mark.parametrize("code", [-1, 256])
-def test_what_is_no_code_is_refused(code):
+def test_a_code_out_of_range_is_an_error(code):
     with pytest.raises(ValueError, match=f"{code} is not a code of float8_e5m2"):
         E5M2.decode(code)

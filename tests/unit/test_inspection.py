@@ -1,4 +1,4 @@
-"""Every known way for a scaled FP8 file to be bad is found, told and, where that is possible, repaired."""
+"""Every known problem of a scaled FP8 file is found, described and, where possible, repaired."""
 
 import json
 
@@ -19,7 +19,7 @@ HEADER = "_quantization_metadata"
 
 
 class Checkpoint:
-    """A scaled FP8 file taken apart, to be put together again with a fault in it."""
+    """The parts of a scaled FP8 file, to be changed and saved again."""
 
     def __init__(self, folder, tensors, **choices):
         self.folder = folder
@@ -48,7 +48,7 @@ class Checkpoint:
         return repair_file(self.save(), self.folder / "repaired.safetensors", overwrite=True, **options)
 
     def assert_repaired(self):
-        """The repaired file is sound and has the codes and scales of the one first made."""
+        """The repaired file has no findings, and the codes and scales of the original."""
         inspection = self.repaired()
         assert (inspection.ok, inspection.findings, inspection.ways) == (True, (), ("header", "inline"))
         made = load_file(self.folder / "made.safetensors")
@@ -73,7 +73,7 @@ def entry(value):
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-# Sound files and what each ComfyUI makes of them
+# Valid files, and what each ComfyUI version makes of them
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def entry(value):
         ),
     ],
 )
-def test_a_sound_file_has_no_findings(tmp_path, tensors, choices, ways, outcomes):
+def test_a_valid_file_has_no_findings(tmp_path, tensors, choices, ways, outcomes):
     Checkpoint(tmp_path, tensors, **choices)
     inspection = inspect_file(tmp_path / "made.safetensors", deep=True)
     assert (inspection.ok, inspection.findings) == (True, ())
@@ -106,10 +106,10 @@ def test_a_sound_file_has_no_findings(tmp_path, tensors, choices, ways, outcomes
     assert not inspection.repairable
 
 
-def test_the_summary_is_plain_words(native):
+def test_the_summary_is_readable(native):
     lines = inspect_file(native.save()).summary.splitlines()
     assert lines[0] == (
-        "bad.safetensors: SD3, SD3.5, 8 scaled FP8 layers (float8_e4m3fn; marked: header, inline): no faults"
+        "bad.safetensors: SD3, SD3.5, 8 scaled FP8 layers (float8_e4m3fn; marked: header, inline): no problems"
     )
     assert lines[2] == "ComfyUI 0.33: exact"
     del native.tensors[f"{QKV}.weight_scale"]
@@ -133,13 +133,13 @@ def test_an_unknown_family_is_a_note(tmp_path):
     assert [finding.code for finding in inspect_file(tmp_path / "made.safetensors").findings] == ["unknown_family"]
 
 
-def test_a_file_that_is_none_raises(tmp_path):
+def test_a_file_that_is_not_safetensors_raises(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointError, match="truncated|pickle"):
         inspect_file(tmp_path / "a.safetensors")
 
 
-# Known-bad files that repair puts right
+# Invalid files that can be repaired
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -209,7 +209,7 @@ def test_inline_entries_alone(native):
     native.assert_repaired()
 
 
-def test_the_header_alone_is_sound_and_gains_inline_entries(native):
+def test_the_header_alone_is_valid_and_repair_adds_inline_entries(native):
     native.tensors = {name: tensor for name, tensor in native.tensors.items() if not name.endswith(".comfy_quant")}
     assert native.codes() == {}
     native.assert_repaired()
@@ -292,10 +292,10 @@ def test_repair_keeps_the_matmul_switch_and_input_scales(tmp_path):
     assert repaired[f"{QKV}.input_scale"].item() == 0.25
 
 
-# Known-bad files that only the 16-bit model can put right
+# Invalid files that cannot be repaired without the 16-bit model
 
 
-def assert_beyond_repair(checkpoint, code):
+def assert_not_repairable(checkpoint, code):
     assert checkpoint.codes(deep=True)[code] == "error"
     with pytest.raises(CheckpointError, match="cannot be repaired: error: "):
         checkpoint.repaired()
@@ -306,27 +306,27 @@ def assert_beyond_repair(checkpoint, code):
 def test_a_missing_scale(tmp_path, layout):
     checkpoint = Checkpoint(tmp_path, checkpoints.sd3(), layout=layout)
     del checkpoint.tensors[f"{QKV}.{'weight_scale' if layout == 'native' else 'scale_weight'}"]
-    assert_beyond_repair(checkpoint, "missing_scale")
+    assert_not_repairable(checkpoint, "missing_scale")
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_scale_that_is_no_scale(native, value):
+def test_an_invalid_scale(native, value):
     native.tensors[f"{QKV}.weight_scale"] = torch.tensor(value)
-    assert_beyond_repair(native, "scale_value")
+    assert_not_repairable(native, "scale_value")
 
 
 def test_a_scale_for_each_row(native):
     native.tensors[f"{QKV}.weight_scale"] = torch.ones(32, 1)
-    assert_beyond_repair(native, "scale_shape")
+    assert_not_repairable(native, "scale_shape")
 
 
 def test_the_diffusers_layout(native):
     native.tensors |= checkpoints.weights("single_transformer_blocks.0.attn.to_q.weight")
-    assert_beyond_repair(native, "diffusers_layout")
+    assert_not_repairable(native, "diffusers_layout")
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
-def test_nan_codes_are_found_by_a_deep_look(native, code):
+def test_a_deep_inspection_finds_nan_codes(native, code):
     native.tensors[f"{QKV}.weight"].view(torch.uint8)[0, 0] = code
     assert native.codes() == {}
     assert native.codes(deep=True) == {"nan_codes": "error"}
@@ -340,7 +340,7 @@ def test_a_scale_too_small_for_fp16(native):
     assert native.codes() == {"scale_small": "warning"}
 
 
-def test_a_side_that_no_fp8_kernel_takes(native):
+def test_a_side_that_is_not_divisible_by_16(native):
     native.tensors[f"{QKV}.weight"] = torch.zeros(24, 16).to(E4M3)
     assert native.codes() == {"odd_side": "warning"}
 
@@ -357,7 +357,7 @@ def test_plain_fp8(tmp_path):
     assert inspection.ok
 
 
-def test_other_quantizations_are_noted_and_left_alone(native):
+def test_other_quantizations_are_noted_and_not_repaired(native):
     native.tensors |= {"other.weight": torch.zeros(16, 8, dtype=torch.uint8), "other.weight_scale": torch.ones(16, 1)}
     native.header = native.header | {"other": {"format": "nvfp4"}}
     assert native.codes() == {"other_format": "note"}

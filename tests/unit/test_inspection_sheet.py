@@ -1,9 +1,8 @@
-"""The picture of an inspection says what the text says, and nothing in it overlaps or leaves the page."""
+"""The figure of an inspection: its texts, and that nothing overlaps or leaves the page."""
 
 import pytest
 from matplotlib.text import Text
-from stochastic_fp8_pack.kernels.figures import to_image
-from stochastic_fp8_pack.kernels.figures.findings import inspection_sheet
+from stochastic_fp8_pack.kernels.figures import inspection_sheet, to_image
 from stochastic_fp8_pack.kernels.state_dict.compatibility import Verdict
 from stochastic_fp8_pack.kernels.state_dict.inspection import Finding, Inspection
 
@@ -27,23 +26,23 @@ def texts(figure):
 
 def test_findings_and_verdicts_are_written_out():
     shown = texts(inspection_sheet(inspection(finding(), finding("warning", "", "a remark"))))
-    assert "model.safetensors: faulty" in shown
+    assert "model.safetensors: problems found" in shown
     assert "blocks.0.weight_scale: is bfloat16. Repair rewrites it." in shown
     assert "a remark. Repair rewrites it." in shown
-    assert "reads this layout: wrong image; inline entries are not read" in shown
-    assert "reads this layout: exact" in shown
+    assert "result: wrong image; inline entries are not read" in shown
+    assert "result: exact" in shown
 
 
-def test_a_sound_file():
+def test_file_without_problems():
     shown = texts(inspection_sheet(inspection()))
-    assert "model.safetensors: sound" in shown
-    assert "no faults" in shown
+    assert "model.safetensors: ok" in shown
+    assert "no problems" in shown
 
 
 def test_many_findings_are_counted():
     shown = texts(inspection_sheet(inspection(*[finding(where=f"blocks.{i}") for i in range(30)])))
     assert sum(text.endswith("Repair rewrites it.") for text in shown) == 24
-    assert "and 6 more findings" in shown
+    assert "6 more findings: see the text output" in shown
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 24, 100])
@@ -58,7 +57,7 @@ def test_nothing_overlaps_or_leaves_the_page(count):
             assert box.x1 <= other.x0 or other.x1 <= box.x0 or box.y1 <= other.y0 + 1 or other.y1 <= box.y0 + 1
 
 
-def test_the_image():
+def test_image():
     image = to_image(inspection_sheet(inspection(finding())))
     assert image.shape[0] == 1
     assert image.shape[2:] == (1024, 3)

@@ -1,11 +1,15 @@
-"""Which layers are chosen: families by their keys, presets, patterns, and the rules that always hold."""
+"""Selection of layers: families by their keys, presets, patterns, and the rules that always apply."""
+
+import random
+from functools import cache
 
 import checkpoints
 import pytest
 import torch
-from stochastic_fp8_pack.kernels.errors import UnknownPatternError
+from stochastic_fp8_pack.kernels.errors import PatternError, UnknownPatternError
 from stochastic_fp8_pack.kernels.files.header import TensorInfo
-from stochastic_fp8_pack.kernels.selection.patterns import compile_pattern
+from stochastic_fp8_pack.kernels.selection import patterns
+from stochastic_fp8_pack.kernels.selection.patterns import LONGEST_PATTERNS, Pattern, PatternSet
 from stochastic_fp8_pack.kernels.selection.presets import PRESETS, Components, detect_family, diffusers_model
 from stochastic_fp8_pack.kernels.selection.selection import LAYERS, select_layers
 
@@ -48,7 +52,7 @@ FAMILY_KEYS = {
 
 
 @pytest.mark.parametrize(("family", "keys"), FAMILY_KEYS.items())
-def test_a_family_is_known_by_its_keys(family, keys):
+def test_a_family_is_detected_by_its_keys(family, keys):
     assert Components(infos(*keys)).main.family == family
 
 
@@ -62,18 +66,18 @@ def test_a_family_is_known_by_its_keys(family, keys):
         ("clip", ["transformer.resblocks.0.ln_1.weight"]),
     ],
 )
-def test_newer_key_names_are_known_too(family, keys):
+def test_newer_key_names_are_detected_too(family, keys):
     assert detect_family(infos(*keys)) == family
 
 
 @pytest.mark.parametrize(("rows", "family"), [(10240, "t5xxl"), (5120, "other_text_encoder")])
-def test_t5_xxl_is_told_from_t5_xl_by_its_width(rows, family):
+def test_t5_xxl_differs_from_t5_xl_in_width(rows, family):
     assert Components(of(checkpoints.t5xxl(rows=rows))).main.family == family
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model."])
 @pytest.mark.parametrize("family", ["flux", "wan", "sd3", "sdxl"])
-def test_a_family_is_known_under_every_prefix(family, prefix):
+def test_a_family_is_detected_under_every_prefix(family, prefix):
     component = Components(infos(*(prefix + key for key in FAMILY_KEYS[family]))).main
     assert (component.prefix, component.family) == (prefix, family)
 
@@ -92,7 +96,7 @@ def test_the_choices_are_auto_all_linear_and_every_family_that_can_be_quantized(
     ]
 
 
-# Presets: what is kept and what is quantized of each family, in names of the published files
+# Presets: kept and quantized layers of each family, with the names of published files
 
 
 @pytest.mark.parametrize(
@@ -184,14 +188,14 @@ def test_t5_xxl_keeps_its_embeddings():
 
 @pytest.mark.parametrize("family", ["clip", "other_text_encoder", "vae"])
 @pytest.mark.parametrize("layers", ["auto", "all_linear", "t5xxl", "sd3"])
-def test_nothing_of_clip_other_text_encoders_and_vae_is_ever_quantized(family, layers):
+def test_clip_other_text_encoders_and_vae_are_never_quantized(family, layers):
     tensors = infos(*FAMILY_KEYS[family], "layers.0.mlp.weight")
     selection = select_layers(tensors, layers=layers)
     assert selection.quantize == ()
     assert {reason.text for _, reason in selection.kept} == {PRESETS[family].reason}
 
 
-def test_an_unknown_network_keeps_its_ends_and_what_sounds_like_embeddings_norms_heads_and_modulations():
+def test_an_unknown_network_keeps_its_ends_and_layers_named_like_embeddings_norms_heads_and_modulations():
     inner = [f"encoder.layer.{i}.attention.self.query.weight" for i in range(3)]
     kept = {
         "pooler.dense.weight": "at the beginning or the end of an unknown network",
@@ -212,7 +216,7 @@ def test_a_network_without_blocks_keeps_its_first_and_last_tensor():
     assert select_layers(tensors).quantize == ("b.weight", "c.weight")
 
 
-def test_all_linear_keeps_nothing_that_can_be_quantized():
+def test_all_linear_quantizes_everything_possible():
     selection = select_layers(of(checkpoints.sd3()), layers="all_linear")
     assert len(selection.quantize) == 12
     assert {name: reason.text for name, reason in selection.kept} == {
@@ -222,16 +226,16 @@ def test_all_linear_keeps_nothing_that_can_be_quantized():
     assert selection.pattern_hits == ()
 
 
-def test_a_family_can_be_named_for_a_network_that_is_not_known():
+def test_a_preset_can_be_requested_for_an_unknown_network():
     tensors = infos("blocks.0.attn.q.weight", "time_embed.0.weight", "blocks.0.attn.head.out.weight")
     selection = select_layers(tensors, layers="sdxl")
     assert selection.quantize == ("blocks.0.attn.q.weight", "blocks.0.attn.head.out.weight")
-    assert selection.notes == ("'time_embed' keeps 33% of the parameters in high precision",)
+    assert selection.notes == ("'time_embed' keeps 33.3 % of the parameters in high precision",)
 
 
-def test_naming_another_family_than_the_keys_show_is_noted():
+def test_a_preset_of_another_family_is_noted():
     selection = select_layers(of(checkpoints.sd3()), layers="flux")
-    assert "the keys look like SD3, SD3.5, the preset asked for is that of flux" in selection.notes
+    assert "the keys look like SD3, SD3.5, the preset requested is that of flux" in selection.notes
 
 
 def test_an_unknown_choice_of_layers_lists_the_valid_ones():
@@ -239,7 +243,7 @@ def test_an_unknown_choice_of_layers_lists_the_valid_ones():
         select_layers({}, layers="all")
 
 
-# Rules that always hold
+# Rules that always apply
 
 
 @pytest.mark.parametrize(
@@ -265,16 +269,16 @@ def test_an_unknown_choice_of_layers_lists_the_valid_ones():
         ("blocks.0.attn.q.weight", (32, 16), "float8_e8m0fnu", "float8_e8m0fnu is not a floating-point dtype"),
     ],
 )
-def test_what_fp8_cannot_hold_is_kept(name, shape, dtype, reason):
+def test_tensors_that_cannot_be_quantized_are_kept(name, shape, dtype, reason):
     assert reasons(infos(name, shape=shape, dtype=dtype), layers="all_linear") == {name: reason}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
-def test_every_plain_float_dtype_can_be_quantized(dtype):
+def test_every_float_dtype_can_be_quantized(dtype):
     assert select_layers(infos("a.weight", dtype=dtype), layers="all_linear").quantize == ("a.weight",)
 
 
-def test_with_module_types_at_hand_names_do_not_matter():
+def test_known_module_types_override_names():
     tensors = infos("shared.weight", "embedder.weight", "blocks.0.attn.weight")
     selection = select_layers(tensors, layers="all_linear", linear_names={"shared", "blocks.0.attn"})
     assert selection.quantize == ("shared.weight", "blocks.0.attn.weight")
@@ -314,20 +318,117 @@ def test_a_three_dimensional_linear_is_kept():
     ],
 )
 def test_a_pattern_is_whole_dotted_parts(pattern, name, matches):
-    assert bool(compile_pattern(pattern).search(name)) == matches
+    assert Pattern.parse(pattern).matches(name) == matches
 
 
 @pytest.mark.parametrize(("pattern", "block"), [("blocks.-1", 27), ("blocks.-2", 26), ("x.blocks.-28", 0)])
 def test_a_negative_number_counts_from_the_end(pattern, block):
     names = [f"x.blocks.{i}.attn.weight" for i in range(28)]
-    expression = compile_pattern(pattern, names)
-    assert [name for name in names if expression.search(name)] == [f"x.blocks.{block}.attn.weight"]
+    resolved = Pattern.parse(pattern).resolve(names)
+    assert [name for name in names if resolved.matches(name)] == [f"x.blocks.{block}.attn.weight"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "resolved"),
+    [
+        ("*_blocks.-1.attn", "*_blocks.37.attn"),
+        ("double_blocks.-1", "double_blocks.18"),
+        ("double_blocks.-20", "double_blocks.-1"),
+        ("none.-1", "none.-1"),
+        ("-1", "37"),
+        ("experts.-1", "experts.7"),
+        ("double_blocks.-1.experts.-1", "double_blocks.18.experts.2"),
+        ("double_blocks.-" + "9" * 5000, "double_blocks.-" + "9" * 5000),
+        ("a-1.-b", "a-1.-b"),
+    ],
+)
+def test_negative_numbers_are_counted_in_the_names(pattern, resolved):
+    names = [f"double_blocks.{i}.experts.{i // 6 - 1}" for i in range(19)] + ["double_blocks.1.experts.7"]
+    names += [f"single_blocks.{i}.attn" for i in range(38)] + ["double_blocks." + "9" * 5000]
+    assert ".".join(Pattern.parse(pattern).resolve(names).parts) == resolved
 
 
 @pytest.mark.parametrize("pattern", ["", " ", ".", "a..b"])
 def test_an_empty_pattern_is_refused(pattern):
-    with pytest.raises(ValueError, match="is no pattern"):
-        compile_pattern(pattern)
+    with pytest.raises(PatternError, match="is not a pattern: give whole dotted parts"):
+        Pattern.parse(pattern)
+
+
+def oracle(pattern, name):
+    """The definition, spelled out: some window of whole parts, each matched character by character."""
+
+    @cache
+    def glob(part, text):
+        if not part:
+            return not text
+        if part[0] == "*":
+            return any(glob(part[1:], text[i:]) for i in range(len(text) + 1))
+        return bool(text) and part[0] == text[0] and glob(part[1:], text[1:])
+
+    wanted, parts = pattern.split("."), name.split(".")
+    windows = [parts[i : i + len(wanted)] for i in range(len(parts) - len(wanted) + 1)]
+    return any(all(map(glob, wanted, window)) for window in windows)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_patterns_match_what_the_definition_says(seed):
+    """Random patterns and names of few characters, one at a time and as a set."""
+    draw = random.Random(seed)
+    texts = {"".join(draw.choices("ab*.", [3, 3, 3, 2], k=draw.randint(1, 9))).strip(".") for _ in range(40)}
+    texts = sorted(text for text in texts if text and ".." not in text)
+    names = ["".join(draw.choices("ab.", k=draw.randint(0, 12))) for _ in range(60)]
+    together = PatternSet(map(Pattern.parse, texts))
+    for name in names:
+        expected = [text for text in texts if oracle(text, name)]
+        assert [pattern.text for pattern in together.matching(name)] == expected
+        assert [text for text in texts if Pattern.parse(text).matches(name)] == expected
+
+
+LONG = "a" * 199
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("pattern", "name", "matches"),
+    [
+        ("*" * 30 + "b", LONG, False),
+        ("*" * 30, LONG, True),
+        ("*a" * 30 + "*b", LONG, False),
+        ("*a" * 198 + "*b*", LONG, False),
+        ("*a" * 500, LONG, False),
+        ("*a" * 199, LONG, True),
+        ("*aa" * 99 + "*", LONG, True),
+        ("*ab" * 60 + "*c", "ab" * 99, False),
+        (".".join(["*"] * 50 + ["b"]), ".".join("a" * 100), False),
+        (".".join(["*a*"] * 50), ".".join("a" * 100), True),
+        (".".join(["*"] * 500), ".".join("a" * 100), False),
+        ("*" * 1000, LONG, True),
+    ],
+)
+def test_no_pattern_takes_long(pattern, name, matches):
+    """Each of these takes years with backtracking, or ten thousand names take minutes."""
+    parsed = Pattern.parse(pattern)
+    assert {parsed.matches(f"{name}{i}" if matches is False else name) for i in range(10_000)} == {matches}
+
+
+def test_the_cache_of_a_pattern_is_bounded(monkeypatch):
+    monkeypatch.setattr(patterns, "CACHED_PARTS", 3)
+    parsed = Pattern.parse("a*.1")
+    assert [parsed.matches(f"a{i}.{i}") for i in range(10)] == [False, True] + [False] * 8
+
+
+@pytest.mark.parametrize("where", ["keep", "only"])
+def test_patterns_that_are_too_long_together_are_refused(where):
+    longest = ["*" * (LONGEST_PATTERNS - 6), "blocks"]
+    tensors = infos(*(f"blocks.{i}.weight" for i in range(4)))
+    assert dict(select_layers(tensors, **{where: longest}).pattern_hits)["blocks"] == 4
+    with pytest.raises(PatternError, match="have 65,537 characters together; at most 65,536 are allowed"):
+        select_layers(tensors, keep=longest, only=["*"])
+
+
+def test_a_long_pattern_is_shortened_in_its_error():
+    with pytest.raises(UnknownPatternError, match=f"pattern '{'x' * 100}…' matches no tensor; a pattern is"):
+        select_layers(infos("a.weight"), keep=["x" * 5000])
 
 
 def test_keep_and_only_narrow_the_choice_and_count_their_hits():
@@ -380,13 +481,13 @@ def test_suffixes_narrow_the_choice():
 
 def test_a_costly_pattern_is_noted():
     tensors = infos("joint_blocks.0.context_block.attn.qkv.weight", "joint_blocks.0.x_block.adaLN_modulation.1.weight")
-    assert "'adaLN_modulation' keeps 50% of the parameters in high precision" in select_layers(tensors).notes
+    assert "'adaLN_modulation' keeps 50 % of the parameters in high precision" in select_layers(tensors).notes
 
 
 # All-in-one checkpoints
 
 
-def test_of_an_all_in_one_checkpoint_the_diffusion_model_and_t5_are_quantized():
+def test_the_diffusion_model_and_t5_of_an_all_in_one_checkpoint_are_quantized():
     selection = select_layers(of(checkpoints.all_in_one()))
     assert selection.family == "sd3"
     assert [name.split(".")[0] for name in selection.quantize] == ["model"] * 8 + ["text_encoders"] * 2
@@ -406,7 +507,7 @@ def test_the_tensor_key_is_the_same_alone_and_in_an_all_in_one_checkpoint():
 @pytest.mark.parametrize(
     "prefix", ["cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "text_encoder.something."]
 )
-def test_text_encoders_of_older_checkpoints_stay_as_they_are(prefix):
+def test_text_encoders_of_older_checkpoints_are_kept(prefix):
     tensors = infos(
         "model.diffusion_model.input_blocks.0.0.weight", f"{prefix}text_model.encoder.layers.0.mlp.fc1.weight"
     )
@@ -414,7 +515,7 @@ def test_text_encoders_of_older_checkpoints_stay_as_they_are(prefix):
     assert selection.quantize == ("model.diffusion_model.input_blocks.0.0.weight",)
 
 
-def test_a_tensor_of_no_network_stays_as_it_is():
+def test_a_tensor_outside_all_networks_is_kept():
     tensors = of(checkpoints.sd3("model.diffusion_model.")) | infos("optimizer.state.weight")
     assert reasons(tensors)["optimizer.state.weight"] == "does not belong to any model in this file"
     assert select_layers(tensors).tensor_key("optimizer.state.weight") == "optimizer.state.weight"
@@ -436,12 +537,12 @@ def test_a_tensor_of_no_network_stays_as_it_is():
         ("SD 1.x", ["conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"]),
     ],
 )
-def test_the_diffusers_layout_is_recognised(model, keys):
+def test_the_diffusers_layout_is_detected(model, keys):
     assert diffusers_model(infos(*keys)).startswith(model)
 
 
 @pytest.mark.parametrize("keys", FAMILY_KEYS.values())
-def test_no_comfyui_layout_is_taken_for_diffusers(keys):
+def test_comfyui_layouts_are_not_detected_as_diffusers(keys):
     assert diffusers_model(infos(*keys, "transformer_blocks.0.attn.add_q_proj.weight")) is None
 
 

@@ -7,13 +7,8 @@ import torch
 from checkpoints import weights
 from safetensors.torch import save_file
 from stochastic_fp8_pack.kernels.files.reader import open_source
-from stochastic_fp8_pack.kernels.state_dict.layouts import (
-    LAYOUTS,
-    ScaledLayer,
-    read_markings,
-    read_scale,
-    scaled_layers,
-)
+from stochastic_fp8_pack.kernels.state_dict.layouts import LAYOUTS, ScaledLayer
+from stochastic_fp8_pack.kernels.state_dict.markings import read_markings, read_scale, scaled_layers
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LAYERS = [ScaledLayer("b", "float8_e5m2", full_precision=False), ScaledLayer("a", "float8_e4m3fn")]
@@ -95,7 +90,7 @@ def test_what_is_no_parameter_is_told_from_parameters(tmp_path):
         **weights("c.weight", "scale_weight", "x.weight_scale_2"),
     }
     markings, layers = read(tmp_path / "a.safetensors", tensors)
-    assert markings.tensors == tensors.keys() - {"a.weight", "c.weight", "scale_weight", "x.weight_scale_2"}
+    assert markings.tensors.keys() == tensors.keys() - {"a.weight", "c.weight", "scale_weight", "x.weight_scale_2"}
     assert markings.input_scales == {"a": "a.input_scale", "b": "b.scale_input"}
     assert list(markings.legacy) == ["p."]
     assert list(layers) == ["a.weight"]

@@ -1,9 +1,9 @@
-"""Random words: pinned, a pure function of the index, uniform, uncorrelated wherever weights have structure."""
+"""Random words: pinned, a pure function of the index, uniform, and uncorrelated along the structures of weights."""
 
 import numpy as np
 import pytest
 import torch
-from stochastic_fp8_pack.kernels.numerics.random_bits import BLOCK, LANE, random_words, stream_key
+from stochastic_fp8_pack.kernels.numerics.random_bits import BLOCK, LANE, random_words, stream_from, stream_key
 
 BLOCKS = 96
 LAGS = (*range(1, 65), 128, 256, 512, 640, 768, 1024, 1152, 1280, 2048, 3072, 4096, 5120, 9216, 12288, LANE, BLOCK)
@@ -19,7 +19,7 @@ def sample():
 
 
 def correlation(a, b):
-    """Pearson's r times sqrt(n): a standard normal for independent words."""
+    """Pearson's r times sqrt(n), which is a standard normal for independent words."""
     a, b = a.astype(np.float64) - 32767.5, b.astype(np.float64) - 32767.5
     return (a @ b) / np.sqrt((a @ a) * (b @ b)) * np.sqrt(len(a))
 
@@ -37,7 +37,13 @@ def test_a_slice_has_the_words_of_the_whole(sample, start, count):
     np.testing.assert_array_equal(words(start=start, count=count), sample[start : start + count])
 
 
-def test_far_indices_have_words_of_their_own():
+def test_a_stream_can_start_at_any_block():
+    later = random_words(stream_from(12345, 3), 0, 1000)
+    np.testing.assert_array_equal(later, random_words(12345, 3 * BLOCK, 1000))
+    assert 0 <= stream_from(2**64 - 1, 10**6) < 2**64
+
+
+def test_distant_indices_have_different_words():
     far = words(start=1 << 40, count=1000)
     assert far.min() >= 0
     assert far.max() < 65536
@@ -54,8 +60,8 @@ def test_words_are_uniform(sample, lane):
 
 
 @pytest.mark.parametrize("lane", [0, 1])
-def test_words_within_a_block_repeat_as_often_as_chance_has_it(sample, lane):
-    """A counter run through too weak a mix comes out as a permutation: too uniform."""
+def test_words_within_a_block_repeat_as_often_as_random_ones(sample, lane):
+    """A counter that is mixed too weakly gives a permutation, which is too uniform."""
     scores = []
     for block in sample.reshape(BLOCKS, 2, LANE)[:, lane]:
         counts = np.bincount(block, minlength=LANE)
@@ -90,7 +96,7 @@ def test_seeds_are_independent(sample, seed):
 
 
 @pytest.mark.parametrize("rounding", ["owlshift", "complex_neighbor", "shift_perturb"])
-def test_methods_have_streams_of_their_own(sample, rounding):
+def test_methods_are_independent(sample, rounding):
     assert abs(correlation(sample[: 1 << 20], words(rounding=rounding, count=1 << 20))) < 5
 
 
@@ -100,12 +106,12 @@ def test_tensor_keys_are_independent(sample, key):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
-def test_a_seed_out_of_range_is_refused(seed):
+def test_a_seed_out_of_range_is_an_error(seed):
     with pytest.raises(ValueError, match=f"seed {seed} is out of range"):
         stream_key(seed, "stochastic", "w")
 
 
-def test_thread_count_does_not_matter(sample):
+def test_thread_count_does_not_change_the_words(sample):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)

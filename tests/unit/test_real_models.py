@@ -1,4 +1,4 @@
-"""Two trained networks, quantized from their files: sizes, statistics and what becomes of sentence embeddings."""
+"""Two trained networks, quantized from their files: sizes, statistics, and the effect on sentence embeddings."""
 
 import json
 import math
@@ -45,7 +45,7 @@ FORMATS = {"float8_e4m3fn": (torch.float8_e4m3fn, 448.0), "float8_e5m2": (torch.
 ROUNDINGS = ("stochastic", "owlshift", "complex_neighbor", "shift_perturb", "nearest")
 MODELS = {"landscapes": LANDSCAPES, "minilm": MINILM / "model.safetensors"}
 LINEAR = {"landscapes": (34, 3_735_552), "minilm": (37, 10_764_288)}
-"""Layers and weights, counted by hand from the models' own descriptions."""
+"""Layers and weights, counted by hand from the descriptions of the models."""
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +122,9 @@ def test_the_file_is_as_large_as_its_parts(quantized, originals, model, format, 
 
 @for_every_choice
 def test_the_statistics_are_those_of_the_file(quantized, originals, model, format, rounding):
-    """Every figure again, in float64, from the tensors before and after.
+    """Every number is computed again in float64, from the tensors before and after.
 
-    A few values are restored exactly in fp32, where the product of code and scale is rounded, and not in float64.
+    Some values are exact in fp32, where the product of code and scale is rounded, but not in float64.
     """
     path, report = quantized(model, format, rounding)
     values, _ = dequantized(path)
@@ -151,11 +151,11 @@ def test_stochastic_rounding_has_twice_the_squared_error_and_no_bias(quantized, 
         assert ratio == pytest.approx(2, rel=0.02), rounding
         assert abs(errors[rounding].bias) < 5 * errors[rounding].rmse / math.sqrt(errors[rounding].count), rounding
     e4m3, e5m2 = (quantized(model, format, "nearest")[1].error for format in FORMATS)
-    assert e5m2.rmse / e4m3.rmse == pytest.approx(2, rel=0.03), "one mantissa bit less"
+    assert e5m2.rmse / e4m3.rmse == pytest.approx(2, rel=0.03), "one mantissa bit fewer"
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_no_two_methods_draw_the_same_sample(quantized, model):
+def test_no_two_methods_give_the_same_codes(quantized, model):
     largest = {"landscapes": "joint_blocks.1.x_block.adaLN_modulation.1.weight", "minilm": "pooler.dense.weight"}[model]
     codes = [load_file(quantized(model, "float8_e4m3fn", rounding)[0])[largest] for rounding in ROUNDINGS]
     different = [
@@ -208,13 +208,13 @@ def neighbours(embeddings):
 def test_embeddings_keep_their_neighbours(distances):
     original, moved = distances
     pairs = torch.arange(len(SENTENCES)) ^ 1
-    assert torch.equal(neighbours(original), pairs), "the sentences come in pairs of like meaning"
+    assert torch.equal(neighbours(original), pairs), "the sentences come in pairs with the same meaning"
     for (format, rounding), embeddings in moved.items():
         kept = (neighbours(embeddings) == pairs).sum().item()
         assert kept == len(SENTENCES), (format, rounding)
 
 
-def test_embeddings_move_as_little_as_theory_says(distances):
+def test_embeddings_move_by_the_predicted_distance(distances):
     original, moved = distances
     distance = {choice: (1 - (original * embeddings).sum(1)).mean().item() for choice, embeddings in moved.items()}
     nearest = distance["float8_e4m3fn", "nearest"]

@@ -1,3 +1,5 @@
+"""Reports as tables."""
+
 import json
 from dataclasses import replace
 
@@ -6,7 +8,6 @@ import torch
 from reports import heavy_tailed, report_on, small_report
 from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
 from stochastic_fp8_pack.kernels.report.table import (
-    describe_bytes,
     describe_output_error,
     layer_kind,
     sizes_by_kind,
@@ -45,14 +46,6 @@ def test_layer_kind(key):
     assert layer_kind(key) == KEYS[key]
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (7_800_000, "7.8 MB"), (999_600, "1 MB"), (23_840_000_000, "23.8 GB")],
-)
-def test_describe_bytes(count, text):
-    assert describe_bytes(count) == text
-
-
 def test_sizes_by_kind():
     assert sizes_by_kind(small_report()) == {
         "modulation": (4096, 2052),
@@ -87,15 +80,15 @@ def test_json_is_strict_and_complete():
     assert {row["layer"]: row["amax"] for row in table["layers"]} == {layer.key: layer.amax for layer in report.layers}
 
 
-def test_markdown_has_a_row_a_layer():
+def test_markdown_has_one_row_per_layer():
     report = report_on(
         {"a|b.weight": torch.tensor([[1.0, 448.0], [300.0, 1000.0]])}, rounding="nearest", scaling="none"
     )
     lines = to_markdown(report).splitlines()
     assert lines[0] == "**made_up.safetensors**: float8_e4m3fn, nearest, scaling none, seed 0"
-    assert lines[2] == "1 layer in FP8, 0 tensors kept: 16 bytes before, 8 bytes after"
+    assert lines[2] == "1 layer in FP8, 0 tensors kept: 16 B → 8 B (−50 %)"
     # 1000 saturates to 448, 300 rounds to 288: errors -552 and -12
-    assert lines[6] == r"| a\|b.weight | other | 2 × 2 | 1e+03 | 1 | 6.27 | 48.6 % | -1.41e+02 | 25 % | 0 % |"
+    assert lines[6] == r"| a\|b.weight | other | 2 × 2 | 1,000 | 1 | 6.3 dB | 48.6 % | −1.4e2 | 25 % | 0 % |"
     assert {line.count(" | ") for line in lines[4:5] + lines[6:]} == {9}
 
 
@@ -105,13 +98,14 @@ def calibrated_report():
     return replace(small_report(rounding="nearest"), layers=layers)
 
 
-def test_calibrated_layers_have_columns_of_their_own():
+def test_calibrated_layers_add_columns():
     text = to_markdown(calibrated_report())
     assert (
-        "Error of the layers' outputs: median 0.36 % of the output, nearest 1.41 % (predicted for 1 calibrated" in text
+        "Output error: median 0.36 % of the output, 1.41 % with nearest (predicted, 1 calibrated layer)"
+        in text.splitlines()
     )
     head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert head.endswith("| flushed | output error | of nearest | rows |")
+    assert head.endswith("| flushed | output error | with nearest | input rows |")
     assert {line.count("|") for line in (head, rule, *rows)} == {14}
     (row,) = (row for row in rows if "attn.qkv" in row)
     assert row.endswith("| 0.36 % | 1.41 % | 5,000 |")
@@ -125,6 +119,6 @@ def test_calibrated_layers_in_json():
     assert set(errors.values()) == {None}
 
 
-def test_other_reports_say_nothing_of_outputs():
+def test_other_reports_do_not_mention_outputs():
     assert describe_output_error(small_report()) == ""
-    assert "output error" not in to_markdown(small_report())
+    assert "output error" not in to_markdown(small_report()).lower()

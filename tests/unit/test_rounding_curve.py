@@ -1,3 +1,5 @@
+"""The measurements behind the Rounding Curve."""
+
 import numpy as np
 import pytest
 from stochastic_fp8_pack.kernels.studies.rounding_curve import measure_rounding
@@ -14,7 +16,7 @@ def test_neighbours_of_known_values():
     assert np.isnan(curve.step[at[0.5]])
 
 
-def test_beyond_the_range_everything_saturates():
+def test_values_outside_the_range_saturate():
     curve = measure_rounding("float8_e4m3fn", "stochastic", 448, 500, draws=5)
     assert (curve.mean == 448).all()
     assert (curve.below == 448).all()
@@ -42,12 +44,12 @@ def test_nearest_never_varies():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"low": 2.0, "high": 1.0}, "the range from 2.0 to 1.0 is empty"),
-        ({"low": 0.0, "high": float("inf")}, "the range from 0.0 to inf is empty"),
-        ({"draws": 0}, "0 draws: choose at least one"),
+        ({"low": 2.0, "high": 1.0}, "the range from 2.0 to 1.0 is not valid"),
+        ({"low": 0.0, "high": float("inf")}, "the range from 0.0 to inf is not valid"),
+        ({"draws": 0}, "draws is 0; choose 1 or more"),
         ({"format": "float7"}, "unknown format 'float7'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         measure_rounding(**{"format": "float8_e4m3fn", "rounding": "nearest"} | arguments)

@@ -4,8 +4,8 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from training.landscapes import SCENES, Painter
-from training.networks import MMDiT, decoder, word_tensors
+from tools.training.landscapes import SCENES, Painter
+from tools.training.networks import MMDiT, decoder, word_tensors
 
 
 def test_the_transformer_has_the_shipped_tensors():

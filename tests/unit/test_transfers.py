@@ -1,15 +1,14 @@
-"""Tensors on their way, as far as a CPU shows it; tests/benchmarks/gpu.py sends them to a GPU and back."""
+"""Asynchronous transfers with simulated CUDA streams, on a CPU. tests/benchmarks/gpu.py covers real GPUs."""
 
 from contextlib import contextmanager
 
 import pytest
 import torch
-from stochastic_fp8_pack.kernels import quantize_tensor
 from stochastic_fp8_pack.kernels.numerics import transfers
 from stochastic_fp8_pack.kernels.numerics.transfers import (
-    Ahead,
-    Fetching,
-    Sending,
+    DeviceToHost,
+    HostToDevice,
+    Prefetcher,
     begin_transfer,
     copy,
     is_staged,
@@ -20,7 +19,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 class Stream:
-    """A CUDA stream that does nothing until someone waits for it, so that what nobody waits for is never done."""
+    """A CUDA stream that runs its work only when someone waits for it, so work that is not waited for is never done."""
 
     def __init__(self):
         self.queue, self.done = [], 0
@@ -63,7 +62,7 @@ class Event:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Streams as a GPU has them, to which copies that do not block are added. Gives the current one and all others."""
+    """Simulated streams that non-blocking copies are added to. Returns all streams; the first is the current one."""
     streams = [Stream()]
     now = [streams[0]]
 
@@ -93,63 +92,62 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[0])
     monkeypatch.setattr(transfers, "_pinned", lambda like: torch.zeros(like.shape, dtype=like.dtype))
     monkeypatch.setattr(transfers, "PIECE_BYTES", 8)
-    monkeypatch.setattr(transfers, "PIECES", 3)
+    monkeypatch.setattr(transfers, "PIECES_IN_FLIGHT", 3)
     return streams
 
 
 SIZES = [1, 3, 4, 5, 12, 13, 40, 41]
-"""In pieces of 4, of which 3 can be on their way: less than one, one, all, many, with and without a rest."""
+"""Elements, in pieces of 4 of which 3 can be in flight: below and at one piece, the limit, many, with a remainder."""
 
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("strided", [False, True])
-def test_what_is_sent_arrives_when_the_current_stream_has_waited(cuda, n, strided):
+def test_host_to_device_arrives_once_the_current_stream_has_waited(cuda, n, strided):
     source = torch.randn(2 * n).half()[::2] if strided else torch.randn(n).half()
     expected, target = source.clone(), torch.zeros(n, dtype=torch.float16)
-    sending = Sending(source, target)
-    source.zero_()  # it has left its place
-    assert sending.result() is target
+    transfer = HostToDevice(source, target)
+    source.zero_()  # the source may be overwritten now
+    assert transfer.result() is target
     cuda[0].synchronize()
     assert torch.equal(target, expected)
     assert cuda[1].most_pending <= 3
 
 
-def test_what_is_pinned_is_sent_from_where_it_lies(cuda, monkeypatch):
+def test_a_pinned_source_is_copied_without_staging(cuda, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.delattr(transfers, "_pinned")
     source, target = torch.randn(41), torch.zeros(41)
-    sending = Sending(source, target)
-    assert cuda[1].most_pending == 1
-    sending.result()
+    HostToDevice(source, target).result()
     cuda[0].synchronize()
     assert torch.equal(target, source)
 
 
-def test_a_transfer_that_fails_leaves_nothing_on_its_way(cuda, monkeypatch):
-    """Or else others that get the target's memory would be written to."""
+def test_a_failed_transfer_leaves_nothing_in_flight(cuda, monkeypatch):
+    """A later copy would overwrite whoever gets the target's memory next."""
     pinned = transfers._pinned
     left = [pinned, pinned]
     monkeypatch.setattr(transfers, "_pinned", lambda like: left.pop()(like))
     with pytest.raises(IndexError):
-        Sending(torch.randn(41), torch.zeros(41))
+        HostToDevice(torch.randn(41), torch.zeros(41))
     assert cuda[1].done == len(cuda[1].queue) > 0
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_what_is_fetched_is_what_the_current_stream_makes_of_it(cuda, n):
+def test_device_to_host_waits_for_the_current_stream(cuda, n):
     source, made = torch.zeros(n, dtype=torch.float16), torch.randn(n).half()
     cuda[0].add(lambda: source.add_(made))
-    fetched = Fetching(source).result()
+    fetched = DeviceToHost(source).result()
     assert fetched.shape == source.shape and torch.equal(fetched, made)
     assert cuda[1].most_pending <= 3
 
 
-def test_what_is_fetched_lands_in_the_memory_it_is_given(cuda):
+def test_device_to_host_into_a_target(cuda):
     source, target = torch.randn(3, 13), torch.zeros(39)
-    Fetching(source).into(target.view(3, 13))
+    DeviceToHost(source).into(target.view(3, 13))
     assert torch.equal(target.view(3, 13), source)
 
 
-def test_a_transposed_tensor_is_fetched_once_the_gpu_has_put_it_in_order(cuda, monkeypatch):
+def test_device_to_host_of_a_transposed_tensor_waits_for_its_contiguous_copy(cuda, monkeypatch):
     reshape_at_once = torch.Tensor.reshape
 
     def reshape(self, *shape):
@@ -162,14 +160,14 @@ def test_a_transposed_tensor_is_fetched_once_the_gpu_has_put_it_in_order(cuda, m
 
     monkeypatch.setattr(torch.Tensor, "reshape", reshape)
     source = torch.randn(3, 13)
-    assert torch.equal(Fetching(source.T).result(), source.T)
+    assert torch.equal(DeviceToHost(source.T).result(), source.T)
 
 
-def test_a_parameter_travels(cuda):
+def test_a_parameter_is_transferred(cuda):
     source = torch.nn.Parameter(torch.randn(13))
-    target = Sending(source, torch.zeros(13)).result()
+    target = HostToDevice(source, torch.zeros(13)).result()
     cuda[0].synchronize()
-    assert torch.equal(Fetching(target).result(), source)
+    assert torch.equal(DeviceToHost(target).result(), source)
 
 
 @pytest.mark.parametrize(
@@ -182,29 +180,32 @@ def test_a_parameter_travels(cuda):
         (transfers.STAGED_BYTES + 2, "cpu", False),
     ],
 )
-def test_large_tensors_are_staged_on_their_way_to_cuda(nbytes, device, staged):
+def test_only_large_tensors_to_cuda_are_staged(nbytes, device, staged):
     x = torch.empty(nbytes // 2, dtype=torch.float16)
     assert is_staged(x, torch.device(device)) == staged
 
 
 class Bus:
-    """To a GPU that is in truth the CPU: what left for it and what arrived, in order."""
+    """Transfers to a fake GPU (really the CPU), which are in flight until somebody asks for their result."""
 
     def __init__(self):
-        self.log, self.room = [], True
+        self.started, self.in_flight, self.most_in_flight, self.has_room = 0, 0, 0, True
 
     def begin(self, x, device):
         if device.type != "cuda":
             return lambda: x
-        if not self.room:
+        if not self.has_room:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        self.log.append(("left", x.tolist()))
+        self.started += 1
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        source = x.clone()
 
-        def arrival():
-            self.log.append(("arrived", x.tolist()))
-            return x.clone()
+        def result():
+            self.in_flight -= 1
+            return source
 
-        return arrival
+        return result
 
 
 @pytest.fixture
@@ -215,111 +216,99 @@ def bus(monkeypatch):
     return bus
 
 
-def test_a_tensor_that_is_there_already_is_not_copied():
+def test_a_tensor_that_is_already_there_is_not_copied():
     x = torch.ones(3, 4)
     assert to_device(x, CPU) is x
     assert begin_transfer(x, CPU)() is x
 
 
-def test_a_copy_lands_in_the_memory_it_is_given():
+def test_copy_writes_to_its_target():
     target = torch.zeros(3)
     assert copy(torch.arange(3.0), target) is target
     assert target.tolist() == [0, 1, 2]
 
 
-def test_a_tensor_sent_ahead_is_given_once_and_then_sent_anew(bus):
+def test_a_prefetched_tensor_is_handed_out_once(bus):
     x = torch.arange(6.0).reshape(2, 3)
-    with Ahead(GPU) as ahead:
-        ahead.begin(x)
-        assert bus.log == [("left", [[0, 1, 2], [3, 4, 5]])]
-        assert ahead(x.reshape(-1), GPU).tolist() == [0, 1, 2, 3, 4, 5]
-        assert [what for what, _ in bus.log] == ["left", "arrived"]
-        assert ahead(x.reshape(-1), GPU).tolist() == [0, 1, 2, 3, 4, 5]
-        assert [what for what, _ in bus.log] == ["left", "arrived", "left", "arrived"]
+    with Prefetcher(GPU) as prefetcher:
+        prefetcher.prefetch(x)
+        assert prefetcher(x.reshape(-1), GPU).tolist() == [0, 1, 2, 3, 4, 5]
+        assert (bus.started, bus.in_flight) == (1, 0)
+        x += 1
+        assert prefetcher(x.reshape(-1), GPU).tolist() == [1, 2, 3, 4, 5, 6]
+        assert (bus.started, bus.in_flight) == (2, 0)
 
 
-def test_only_the_very_tensor_that_was_sent_is_given(bus):
+def test_a_prefetched_tensor_is_handed_out_for_no_other(bus):
     x = torch.arange(6.0)
-    with Ahead(GPU) as ahead:
-        ahead.begin(x)
-        assert ahead(x[:3], GPU).tolist() == [0, 1, 2]
-        assert ahead(x.view(torch.int32), GPU).dtype == torch.int32
-        assert ahead(x, CPU) is x
-        assert bus.log.count(("arrived", x.tolist())) == 0
-        assert ahead(x, GPU).tolist() == x.tolist()
+    with Prefetcher(GPU) as prefetcher:
+        prefetcher.prefetch(x)
+        assert prefetcher(x[:3], GPU).tolist() == [0, 1, 2]
+        assert prefetcher(x.view(torch.int32), GPU).dtype == torch.int32
+        assert prefetcher(x, CPU) is x
+        assert bus.in_flight == 1
+        assert prefetcher(x, GPU).tolist() == x.tolist()
+        assert bus.in_flight == 0
 
 
-def test_a_tensor_that_is_on_its_way_does_not_leave_twice(bus):
+def test_a_tensor_in_flight_is_not_sent_again(bus):
     x = torch.ones(2)
-    with Ahead(GPU) as ahead:
-        ahead.begin(x)
-        ahead.begin(x)
-    assert bus.log == [("left", [1, 1]), ("arrived", [1, 1])]
+    with Prefetcher(GPU) as prefetcher:
+        prefetcher.prefetch(x)
+        prefetcher.prefetch(x)
+    assert bus.started == 1
 
 
-def test_leaving_waits_for_what_nobody_asked_for(bus):
-    """Or else its memory would be given to others while it is still written to."""
-    with pytest.raises(KeyError), Ahead(GPU) as ahead:
-        ahead.begin(torch.ones(2))
-        raise KeyError("a fault elsewhere")
-    assert [what for what, _ in bus.log] == ["left", "arrived"]
+def test_leaving_waits_for_tensors_in_flight(bus):
+    """A copy still in flight would overwrite whoever gets its memory next."""
+    with pytest.raises(KeyError), Prefetcher(GPU) as prefetcher:
+        prefetcher.prefetch(torch.ones(2))
+        assert bus.in_flight == 1
+        raise KeyError("an error elsewhere")
+    assert bus.in_flight == 0
 
 
-def test_without_room_ahead_tensors_are_sent_in_their_turn(bus):
+def test_out_of_memory_stops_prefetching(bus):
     x = torch.arange(3.0)
-    bus.room = False
-    with Ahead(GPU) as ahead:
-        ahead.begin(x)
-        bus.room = True
-        ahead.begin(torch.ones(2))
-        assert bus.log == []
-        assert ahead(x, GPU).tolist() == [0, 1, 2]
-    assert [what for what, _ in bus.log] == ["left", "arrived"]
+    bus.has_room = False
+    with Prefetcher(GPU) as prefetcher:
+        prefetcher.prefetch(x)
+        bus.has_room = True
+        prefetcher.prefetch(torch.ones(2))
+        assert bus.started == 0
+        assert prefetcher(x, GPU).tolist() == [0, 1, 2]
 
 
-def test_where_there_is_no_room_nothing_is_sent_ahead(bus):
-    with Ahead(GPU, has_room=False) as ahead:
-        ahead.begin(torch.ones(2))
-    assert bus.log == []
+def test_nothing_is_prefetched_without_room(bus):
+    with Prefetcher(GPU, has_room=False) as prefetcher:
+        prefetcher.prefetch(torch.ones(2))
+    assert bus.started == 0
 
 
-def test_no_more_than_two_are_ahead(bus):
-    """What nobody asks for does not fill the GPU."""
-    xs = [torch.full((2,), float(i)) for i in range(3)]
-    with Ahead(GPU) as ahead:
+def test_at_most_two_tensors_are_in_flight(bus):
+    """Tensors that are never consumed do not fill the GPU."""
+    xs = [torch.full((2,), float(i)) for i in range(4)]
+    with Prefetcher(GPU) as prefetcher:
         for x in xs:
-            ahead.begin(x)
-        assert [what for what, _ in bus.log] == ["left", "left", "arrived", "left"]
+            prefetcher.prefetch(x)
+        assert bus.in_flight == bus.most_in_flight == 2
         for x in xs:
-            assert torch.equal(ahead(x, GPU), x)
-    assert [values[0] for what, values in bus.log if what == "left"] == [0, 1, 2, 0]
+            assert torch.equal(prefetcher(x, GPU), x)
+    assert bus.in_flight == 0
 
 
 @pytest.mark.parametrize("view", [lambda x: x[:, ::2], lambda x: x.T], ids=["strided", "transposed"])
-def test_a_tensor_with_holes_is_not_sent_ahead(bus, view):
+def test_a_tensor_that_is_not_contiguous_is_not_prefetched(bus, view):
     x = view(torch.arange(12.0).reshape(3, 4))
-    with Ahead(GPU) as ahead:
-        ahead.begin(x)
-        assert bus.log == []
-        assert torch.equal(ahead(x, GPU), x)
+    with Prefetcher(GPU) as prefetcher:
+        prefetcher.prefetch(x)
+        assert bus.started == 0
+        assert torch.equal(prefetcher(x, GPU), x)
 
 
-def test_what_was_sent_is_what_is_quantized():
-    x = torch.randn(64, 64)
-    asked = []
-
-    def send(flat, device):
-        asked.append((flat.shape, device))
-        return -flat
-
-    q = quantize_tensor(x, key="w", seed=1, send=send)
-    assert asked == [((4096,), CPU)]
-    assert torch.equal(q.codes.view(torch.uint8), quantize_tensor(-x, key="w", seed=1).codes.view(torch.uint8))
-
-
-def test_without_pinned_memory_ordinary_memory_will_do(monkeypatch, caplog):
+def test_fallback_to_pageable_memory_with_one_warning(monkeypatch, caplog):
     empty = torch.empty
-    transfers._log_refusal.cache_clear()
+    transfers._warn_unpinned.cache_clear()
 
     def refuse(*shape, pin_memory=False, **options):
         if pin_memory:

@@ -1,6 +1,6 @@
-"""The GPU's kernels in Triton's interpreter, on the CPU: the reference's bytes, its statistics, IEEE divisions.
+"""The Triton kernels in Triton's interpreter, on the CPU: bytes and statistics of the reference, IEEE divisions.
 
-Triton looks at TRITON_INTERPRET when it is first imported and again at each launch.
+Triton reads TRITON_INTERPRET when it is first imported and again at each launch.
 """
 
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, SCALINGS
-from stochastic_fp8_pack.kernels.numerics.backends import BACKENDS, Task, nvidia, reference
+from stochastic_fp8_pack.kernels.numerics.backends import Task, nvidia, reference
 from stochastic_fp8_pack.kernels.numerics.random_bits import stream_key
 from stochastic_fp8_pack.kernels.numerics.scaling import amax_to_scale
 
@@ -49,7 +49,7 @@ def weights(n, dtype="bfloat16", seed=0):
 
 
 def both(x, format, rounding, scaling="absmax", statistics=False, seed=1):
-    """(codes, statistics) of the kernels, and of the reference."""
+    """(codes, statistics) of the Triton kernels, then of the reference."""
     amax = reference.tensor_to_amax(x)
     scale = amax_to_scale(amax, FORMATS[format], SCALINGS[scaling])
     stream = stream_key(seed, rounding, "layer.weight")
@@ -57,21 +57,21 @@ def both(x, format, rounding, scaling="absmax", statistics=False, seed=1):
     results = []
     for backend in (nvidia, reference):
         codes = torch.full((x.numel(),), 0xFF, dtype=torch.uint8)
-        results.append((codes, backend.round_tensor(x, codes, task, statistics)))
+        results.append((codes, backend.quantize_slice(x, codes, task, statistics)))
     return results
 
 
 @roundings
 @formats
 @dtypes
-def test_the_bytes_are_the_references(dtype, format, rounding):
+def test_bytes_equal_the_reference(dtype, format, rounding):
     for scaling in SCALINGS:
         (codes, _), (expected, _) = both(weights(1500, dtype), format, rounding, scaling)
         assert torch.equal(codes, expected), scaling
 
 
 @pytest.mark.parametrize("factor", [2.0**90, 2.0**-90])
-def test_statistics_of_weights_whose_squares_fp32_cannot_hold(factor):
+def test_statistics_of_weights_whose_squares_exceed_fp32(factor):
     x = weights(3000, "float32") * factor
     (codes, error), (expected, _) = both(x, "float8_e4m3fn", "stochastic", statistics=True)
     assert torch.equal(codes, expected)
@@ -80,12 +80,12 @@ def test_statistics_of_weights_whose_squares_fp32_cannot_hold(factor):
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1023, 65537, 131072 + 3])
-def test_the_bytes_are_the_references_at_any_size(n):
+def test_bytes_equal_the_reference_at_any_size(n):
     (codes, _), (expected, _) = both(weights(n), "float8_e4m3fn", "stochastic", seed=2**64 - 1)
     assert torch.equal(codes, expected)
 
 
-def test_an_offset_tensor_has_the_words_of_its_own_indices():
+def test_words_of_an_offset_view_start_at_its_first_element():
     x = weights(3000)
     (codes, _), (expected, _) = both(x[1:], "float8_e4m3fn", "owlshift")
     assert torch.equal(codes, expected)
@@ -94,7 +94,7 @@ def test_an_offset_tensor_has_the_words_of_its_own_indices():
 @roundings
 @formats
 @pytest.mark.parametrize("scaling", ["absmax", "none"])
-def test_the_statistics_are_the_references(scaling, format, rounding):
+def test_statistics_equal_the_reference(scaling, format, rounding):
     x = weights(1500, seed=3) * 10
     (codes, ours), (expected, theirs) = both(x, format, rounding, scaling, statistics=True)
     assert torch.equal(codes, expected)
@@ -103,7 +103,7 @@ def test_the_statistics_are_the_references(scaling, format, rounding):
 
 
 @pytest.mark.parametrize("n", [0, 1, 131072 + 9])
-def test_the_statistics_are_the_references_at_any_size(n):
+def test_statistics_equal_the_reference_at_any_size(n):
     (codes, ours), (expected, theirs) = both(weights(n, "float32"), "float8_e5m2", "shift_perturb", statistics=True)
     assert torch.equal(codes, expected)
     compare(ours, theirs)
@@ -118,8 +118,8 @@ def compare(ours, theirs):
         assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-6)
 
 
-def test_statistics_of_a_tensor_that_is_known():
-    """16.5 lies a quarter of a step above 16, and 2^-11 a quarter above 0."""
+def test_statistics_of_a_known_tensor():
+    """16.5 lies a quarter of a step above 16 and 2^-11 a quarter above 0."""
     x = torch.tensor([448.0, -448.0, 16.5, -(2.0**-11), 0.0, -0.0])
     (codes, error), _ = both(x, "float8_e4m3fn", "nearest", statistics=True)
     assert codes.tolist() == [0x7E, 0xFE, 0x58, 0x80, 0x00, 0x80]
@@ -129,7 +129,7 @@ def test_statistics_of_a_tensor_that_is_known():
     assert error.sum_squared == 2 * 448.0**2 + 16.5**2
     # Bins of 1/32 step: -1/4 for 16.5 and +1/4 for the negative one, around the middle bin.
     assert {i: count for i, count in enumerate(error.step_histogram) if count} == {32: 1, 40: 4, 48: 1}
-    # Two bins an octave from 2^-32: 0.5/448 = 1.14 * 2^-10, and 2^-11/448 = 1.14 * 2^-20.
+    # Two bins per octave from 2^-32: 0.5/448 = 1.14 * 2^-10, and 2^-11/448 = 1.14 * 2^-20.
     assert {i: count for i, count in enumerate(error.relative_histogram) if count} == {24: 1, 44: 1}
 
 
@@ -142,7 +142,7 @@ def test_amax(dtype):
 
 @pytest.mark.parametrize("where", [0, 16_383, 16_384, 19_999])
 @dtypes
-def test_amax_shows_nan_and_infinity_wherever_they_are(dtype, where):
+def test_amax_is_nan_or_infinite_if_any_value_is(dtype, where):
     x = weights(20_000, dtype)
     x[where] = -math.inf
     assert nvidia.tensor_to_amax(x) == math.inf
@@ -150,11 +150,11 @@ def test_amax_shows_nan_and_infinity_wherever_they_are(dtype, where):
     assert math.isnan(nvidia.tensor_to_amax(x))
 
 
-def test_amax_of_fp64_beyond_the_range_of_fp32_is_infinite():
+def test_amax_of_fp64_beyond_fp32_is_infinite():
     assert nvidia.tensor_to_amax(torch.tensor([-1e300, 1.0], dtype=torch.float64)) == math.inf
 
 
-def test_divisions_are_those_of_ieee():
+def test_divisions_are_correctly_rounded():
     rng = np.random.default_rng(5)
     hard = [0xFFFFFF, 0x800001, 0x800000, 0xFFFFFE, *rng.integers(1 << 23, 1 << 24, 60)]
     few_bits = np.repeat(np.arange(1024, 2048), len(hard)).astype(np.float32)
@@ -164,21 +164,3 @@ def test_divisions_are_those_of_ieee():
         quotients = torch.empty(len(x))
         divide[(len(x) // 8192,)](torch.from_numpy(x), torch.from_numpy(divisors), quotients, WIDE=wide, TILE=8192)
         np.testing.assert_array_equal(quotients.numpy(), x / divisors)
-
-
-def test_it_declines_what_is_not_on_an_nvidia_gpu():
-    assert nvidia.unavailable(torch.ones(1)) == "it computes on NVIDIA GPUs only"
-    assert list(BACKENDS) == ["cpu", "nvidia", "reference"]
-
-
-def test_without_triton_it_declines_and_says_so(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert nvidia._why_triton_fails.__wrapped__(torch.device("cuda")) == "Triton is not installed"
-
-
-def test_where_triton_fails_it_declines_with_the_reason(monkeypatch):
-    def fail(flat):
-        raise RuntimeError("Failed to find C compiler")
-
-    monkeypatch.setattr(nvidia, "tensor_to_amax", fail)
-    assert "Failed to find C compiler" in nvidia._why_triton_fails.__wrapped__(torch.device("cpu"))

@@ -1,15 +1,17 @@
-"""The fast path on a CPU: chunks that stay in the cache, shared out to threads, each with buffers of its own.
+"""The fast path on a CPU: cache-sized chunks, distributed over threads that each have their own buffers.
 
-A chunk costs no allocation and few passes over its memory. Large 16-bit tensors are looked up (cpu_lookup.py), all
-others worked out number by number (cpu_arithmetic.py).
+A chunk takes no allocation and few passes over its memory. Large 16-bit tensors use a lookup table (cpu_lookup.py), all
+others are computed number by number (cpu_arithmetic.py).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Barrier
+from typing import TypeVar
 
 import torch
 
@@ -21,51 +23,61 @@ from .task import Task
 
 CHUNK_BLOCKS = 4
 LOOKUP_THRESHOLD = 1 << 19
-"""From this many elements on, a table of all 16-bit values is cheaper than working each element out."""
+"""From this many elements on, a table of all 16-bit values is cheaper than computing each element."""
+
+W = TypeVar("W", Lookup, Arithmetic)
 
 
-def unavailable(x: torch.Tensor) -> str | None:
-    """Why this backend cannot serve a tensor, or None if it can."""
-    return None if x.device.type == "cpu" else "it computes on the CPU only"
+def unavailable(device: torch.device) -> str | None:
+    """See backends.Backend."""
+    return None if device.type == "cpu" else "it runs on the CPU only"
 
 
-def round_tensor(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
+def quantize_slice(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
     """See backends.Backend."""
     blocks = min(CHUNK_BLOCKS, -(-flat.numel() // BLOCK))
-    size = CHUNK_BLOCKS * BLOCK
-    starts = iter(range(0, flat.numel(), size))  # shared: each thread takes the next chunk that nobody has
-    inference = torch.is_inference_mode_enabled()
-    looked_up = flat.dtype.itemsize == 2 and flat.numel() >= LOOKUP_THRESHOLD
-    table = Table(flat.dtype, task) if looked_up else None
+    if flat.dtype.itemsize == 2 and flat.numel() >= LOOKUP_THRESHOLD:
+        table = Table(flat.dtype, task)
+        lookups = _quantize_chunks(lambda: Lookup(table, blocks, statistics), flat, codes)
+        return Lookup.statistics(lookups) if statistics else None
+    arithmetics = _quantize_chunks(lambda: Arithmetic(flat.numel(), task, blocks, statistics), flat, codes)
+    return Arithmetic.statistics(arithmetics) if statistics else None
 
-    def work(_) -> Lookup | Arithmetic:
+
+def _quantize_chunks(new_worker: Callable[[], W], flat: torch.Tensor, codes: torch.Tensor) -> list[W]:
+    """Distribute the chunks over threads, each with a new worker. Returns the workers, which hold the statistics."""
+    size = CHUNK_BLOCKS * BLOCK
+    starts = iter(range(0, flat.numel(), size))  # shared: each thread takes the next chunk
+    inference = torch.is_inference_mode_enabled()
+
+    def work(_: int) -> W:
         with torch.inference_mode(inference):
-            worker = Lookup(table, blocks, statistics) if table else Arithmetic(flat.numel(), task, blocks, statistics)
+            worker = new_worker()
             for start in starts:
-                worker.round(flat[start : start + size], codes[start : start + size], start // BLOCK)
+                worker.quantize(flat[start : start + size], codes[start : start + size], start // BLOCK)
             return worker
 
     threads = min(torch.get_num_threads(), -(-flat.numel() // size))
-    workers = list(_pool(torch.get_num_threads()).map(work, range(threads))) if threads > 1 else [work(0)]
-    return type(workers[0]).statistics(workers) if statistics else None
+    return list(_pool(torch.get_num_threads()).map(work, range(threads))) if threads > 1 else [work(0)]
 
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch runs each operation alone.
+    """Threads in which torch runs each operation on one core.
 
-    Sharing out whole chunks needs no waiting for each other after every operation. With torch's own division of each
-    operation, a busy machine makes every one of them wait, spinning, for a thread that has no core: 10 to 100 times.
+    Threads that process whole chunks need not wait for each other after every operation. When torch splits each
+    operation itself, on a busy machine all threads spin at the end of each one until the last gets a core, which makes
+    it 10 to 100 times slower.
     """
-    pool, all_alone = ThreadPoolExecutor(threads, "round"), Barrier(threads + 1)
+    pool, all_started = ThreadPoolExecutor(threads, "round"), Barrier(threads + 1)
 
-    def stay_alone() -> None:
-        torch.set_num_threads(1)  # of this thread, and of those that are yet to begin
-        all_alone.wait()
+    def use_one_core() -> None:
+        torch.set_num_threads(1)  # for this thread, and for threads that start later
+        all_started.wait()
 
     for _ in range(threads):
-        pool.submit(stay_alone)
-    all_alone.wait()
+        pool.submit(use_one_core)
+    all_started.wait()
     torch.set_num_threads(threads)
     return pool
 

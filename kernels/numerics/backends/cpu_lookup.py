@@ -1,6 +1,6 @@
-"""Rounding by looking up: a 16-bit source has 65,536 values, each of which is worked out once.
+"""Rounding with a lookup table: a 16-bit source has 65,536 values, and each is computed once.
 
-Its errors are a matter of counting, too: how often each value was rounded down, and how often up.
+Error statistics are counts, too: how often each value was rounded down and how often up.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ VALUES = 1 << 16
 
 
 class Table:
-    """What the word of an element is added to, by the element's value: position and sign.
+    """One entry per source value: its position and sign, to which an element's random word is added.
 
-    A rounding that complements its words subtracts them instead, from entries that are 65535 greater. For nearest,
-    which has no words, entries are the codes themselves.
+    For a rounding that complements its words, entries are 65535 greater and words are subtracted. For nearest, which
+    has no words, entries are the codes.
     """
 
     def __init__(self, dtype: torch.dtype, task: Task):
@@ -27,15 +27,15 @@ class Table:
         self.values = torch.arange(VALUES, dtype=torch.int32).to(torch.int16).view(dtype)
         self.scaled = self.values.float() / task.scale
         if task.rounding.stochastic:
-            positions = code_positions(self.scaled, task.format, FRACTION_BITS)
-            positions.clamp_(max=task.format.max_code << FRACTION_BITS)
+            positions = code_positions(self.scaled, task.float8, FRACTION_BITS)
+            positions.clamp_(max=task.float8.max_code << FRACTION_BITS)
             signs = (self.scaled.view(torch.int32) < 0).int() << (FRACTION_BITS + 7)
             self.entries = positions + signs + (ONE - 1 if task.rounding.complements_words else 0)
         else:
-            self.entries = round_to_codes(self.scaled, None, task.format, task.rounding)
+            self.entries = round_to_codes(self.scaled, None, task.float8, task.rounding)
 
     def codes(self, values: torch.Tensor, last_bit: int) -> torch.Tensor:
-        """The codes, uint8, that end in this bit, of some values. (Neighbours differ in it; nearest has but one.)"""
+        """The codes (uint8) of some values that end in this bit. The two neighbours of a value differ in it."""
         if not self.task.rounding.stochastic:
             return self.entries[values]
         codes = self.entries[values] >> FRACTION_BITS
@@ -44,15 +44,15 @@ class Table:
 
 
 class Lookup:
-    """source -> table entry -> code, a chunk at a time, in buffers that the next chunk overwrites."""
+    """source -> table entry -> code, one chunk at a time, in buffers that are reused for every chunk."""
 
     def __init__(self, table: Table, blocks: int, statistics: bool):
         self.table, self.words = table, Words(table.task.stream, blocks, LANE)
         self.index, self.entries, self.sums = torch.empty((3, blocks * BLOCK), dtype=torch.int32)
         self.counts = torch.zeros(2 * VALUES, dtype=torch.int64) if statistics else None
 
-    def round(self, source: torch.Tensor, target: torch.Tensor, first_block: int) -> None:
-        """Write the codes of one chunk, which begins at `first_block`, to `target`."""
+    def quantize(self, source: torch.Tensor, target: torch.Tensor, first_block: int) -> None:
+        """Write the codes of one chunk, which starts at `first_block`, to `target`."""
         n, table = source.numel(), self.table
         index, entries, sums = self.index[:n], self.entries[:n], self.sums[:n]
         index.copy_(source.view(torch.uint16))
@@ -75,13 +75,17 @@ class Lookup:
 
     @staticmethod
     def statistics(workers: list[Lookup]) -> ErrorStatistics:
-        table, counts = workers[0].table, sum(worker.counts for worker in workers)
-        return merge(_measure(table, counts, last_bit) for last_bit, counts in enumerate(counts.view(2, VALUES)))
+        counts = torch.zeros(2 * VALUES, dtype=torch.int64)
+        for worker in workers:
+            if worker.counts is not None:
+                counts += worker.counts
+        ending_in = counts.view(2, VALUES)
+        return merge(_measure(workers[0].table, ending_in[last_bit], last_bit) for last_bit in (0, 1))
 
 
 def _measure(table: Table, counts: torch.Tensor, last_bit: int) -> ErrorStatistics:
-    """Statistics of all elements whose codes end in this bit. counts: int64 (VALUES,), by the element's value."""
+    """Statistics of all elements whose codes end in this bit. counts: elements of each value, int64 (VALUES,)."""
     task, values = table.task, counts.nonzero().squeeze(1)
-    positions = code_positions(table.scaled[values], task.format, FRACTION_BITS)
+    positions = code_positions(table.scaled[values], task.float8, FRACTION_BITS)
     original, codes = table.values[values].double(), table.codes(values, last_bit)
-    return measure(original, codes, positions, task.scale, task.amax, task.format, counts[values])
+    return measure(original, codes, positions, task.scale, task.amax, task.float8, counts[values])

@@ -1,10 +1,11 @@
-"""The fast path on an NVIDIA GPU: one pass for amax, one for everything else, in Triton."""
+"""The fast path on an NVIDIA GPU, in Triton: one pass for amax, one for everything else."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -18,32 +19,32 @@ from .task import Task
 AMAX_TILE_BYTES, AMAX_WARPS, AMAX_PROGRAMS = 1 << 15, 8, 4
 ROUND_TILE, ROUND_WARPS = 1024, 2
 MEASURE_TILE, MEASURE_WARPS, MEASURE_PROGRAMS = 8192, 16, 1
-"""The quickest on an H200. Programs are counted per multiprocessor; rounding alone has one for each pair of tiles."""
+"""The fastest on an H200. PROGRAMS are per multiprocessor; rounding without statistics runs one per pair of tiles."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def unavailable(x: torch.Tensor) -> str | None:
-    """Why this backend cannot serve a tensor, or None if it can."""
-    if x.device.type != "cuda" or torch.version.hip:
-        return "it computes on NVIDIA GPUs only"
-    return _why_triton_fails(x.device)
+def unavailable(device: torch.device) -> str | None:
+    """See backends.Backend."""
+    if device.type != "cuda" or torch.version.hip:
+        return "it runs on NVIDIA GPUs only"
+    return _why_triton_fails(device)
 
 
 @cache
 def _why_triton_fails(device: torch.device) -> str | None:
-    """What stops Triton from compiling and running a kernel on this device: that it lacks a C compiler, say."""
+    """Why Triton cannot compile and run a kernel on this device (for example no C compiler), or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
         tensor_to_amax(torch.ones(1, device=device))
-    except Exception as error:  # Triton, its compilers and the driver share no base class
+    except Exception as error:  # Triton, its compilers and the driver have no common base class
         return f"Triton fails: {error!r}"
     return None
 
 
 def tensor_to_amax(flat: torch.Tensor) -> float:
-    """scaling.tensor_to_amax, in one pass. As integers, the bits of magnitudes are ordered finite < infinite < NaN.
+    """See backends.Backend. One pass: the bits of magnitudes, as integers, are ordered finite < infinite < NaN.
 
     flat: contiguous float (n,).
     """
@@ -65,21 +66,22 @@ def tensor_to_amax(flat: torch.Tensor) -> float:
     return largest.cpu().to(integers).view(flat.dtype).float().item()
 
 
-def round_tensor(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
+def quantize_slice(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
     """See backends.Backend."""
     with _current(flat.device):
         if not statistics:
-            return _round(flat, codes, task)
+            _quantize(flat, codes, task)
+            return None
         if not squares_fit(task.amax):
-            return reference.round_tensor(flat, codes, task, statistics)
-        return _round_and_measure(flat, codes, task)
+            return reference.quantize_slice(flat, codes, task, statistics)
+        return _quantize_and_measure(flat, codes, task)
 
 
-def _round(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> None:
+def _quantize(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> None:
     from . import triton_kernels
 
     for first_pair, pairs, masked in _launches(flat.numel(), ROUND_TILE):
-        triton_kernels.round_to_codes[(pairs,)](
+        triton_kernels.quantize_slice[(pairs,)](
             flat,
             codes,
             task.scale.item(),
@@ -94,7 +96,7 @@ def _round(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> None:
         )
 
 
-def _round_and_measure(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> ErrorStatistics:
+def _quantize_and_measure(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> ErrorStatistics:
     from . import triton_kernels
 
     launches = list(_launches(flat.numel(), MEASURE_TILE))
@@ -102,8 +104,8 @@ def _round_and_measure(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> E
     counters, columns = triton_kernels.COUNTERS.value, triton_kernels.SUMS.value
     results = torch.zeros(counters + sum(programs) * columns, dtype=torch.int64, device=flat.device)
     counts, sums = results[:counters], results[counters:].view(torch.float64).view(-1, columns)
-    for (first_pair, pairs, masked), rows in zip(launches, sums.split(programs), strict=True):
-        triton_kernels.round_and_measure[(len(rows),)](
+    for (first_pair, pairs, masked), rows in zip(launches, torch.split(sums, programs), strict=True):
+        triton_kernels.quantize_and_measure[(len(rows),)](
             flat,
             codes,
             task.scale.item(),
@@ -125,20 +127,20 @@ def _round_and_measure(flat: torch.Tensor, codes: torch.Tensor, task: Task) -> E
     return _statistics(results.cpu(), counters, columns, flat.numel(), padding, task.amax)
 
 
-def _choices(task: Task) -> dict:
-    """What a kernel is compiled for."""
-    format, rounding = task.format, task.rounding
-    in_range = task.amax == 0 or format.quantum < task.amax / task.scale.item() <= format.max
+def _choices(task: Task) -> dict[str, object]:
+    """Compile-time arguments of a kernel."""
+    float8, rounding = task.float8, task.rounding
+    in_range = task.amax == 0 or float8.quantum < task.amax / task.scale.item() <= float8.max
     return {
-        "FORMAT": format,
+        "FLOAT8": float8,
         "STOCHASTIC": rounding.stochastic,
         "COMPLEMENT": rounding.complements_words,
-        "CEILING": None if in_range else ceiling(format),
+        "CEILING": None if in_range else ceiling(float8),
     }
 
 
-def _launches(n: int, tile: int):
-    """(first pair of tiles, pairs, masked) for the whole blocks of a tensor, and for the rest behind them."""
+def _launches(n: int, tile: int) -> Iterator[tuple[int, int, bool]]:
+    """(first pair of tiles, pairs, masked) for the whole blocks of a tensor, and for the remainder after them."""
     blocks, rest = divmod(n, BLOCK)
     whole = blocks * (LANE // tile)
     if whole:
@@ -147,8 +149,10 @@ def _launches(n: int, tile: int):
         yield whole, -(-min(rest, LANE) // tile), True
 
 
-def _statistics(results: torch.Tensor, counters: int, columns: int, count: int, padding: int, amax: float):
-    """What round_and_measure left, as statistics."""
+def _statistics(
+    results: torch.Tensor, counters: int, columns: int, count: int, padding: int, amax: float
+) -> ErrorStatistics:
+    """The results of quantize_and_measure as statistics."""
     table = results[: counters - 1].view(STEP_BINS, -1)
     exact = int(results[counters - 1]) - padding
     steps = table.sum(1)
@@ -170,20 +174,20 @@ def _statistics(results: torch.Tensor, counters: int, columns: int, count: int, 
     )
 
 
-def ceiling(format: Float8Format) -> float:
-    """The value 1.25 codes above the largest: errors of larger ones are in the outermost bins as well."""
-    exponent, mantissa = divmod(format.max_code + 1, 1 << format.mantissa_bits)
-    return math.ldexp(1 + (mantissa + 0.25) / (1 << format.mantissa_bits), exponent - format.exponent_bias)
+def ceiling(float8: Float8Format) -> float:
+    """The value 1.25 codes above the largest. Clamping larger values to it keeps their errors in the outermost bins."""
+    exponent, mantissa = divmod(float8.max_code + 1, 1 << float8.mantissa_bits)
+    return math.ldexp(1 + (mantissa + 0.25) / (1 << float8.mantissa_bits), exponent - float8.exponent_bias)
 
 
 def _programs(flat: torch.Tensor, tiles: int, per_multiprocessor: int) -> int:
-    """How many programs share some tiles: enough to fill the GPU."""
+    """The number of programs that share some tiles: enough to fill the GPU."""
     multiprocessors = torch.cuda.get_device_properties(flat.device).multi_processor_count if flat.is_cuda else 1
     return max(1, min(tiles, multiprocessors * per_multiprocessor))
 
 
-def _current(device: torch.device):
-    """Triton launches on the current device."""
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """Make a GPU current: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""What backends are asked to do."""
+"""The arguments that all backends share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..rounding import Rounding
 
 @dataclass(frozen=True)
 class Task:
-    """What a tensor, or a slice of it, is rounded with."""
+    """How a tensor, or one slice of it, is quantized."""
 
     scale: torch.Tensor
     """fp32, 0-dim, on the CPU."""
     amax: float
-    """The tensor's largest magnitude."""
-    format: Float8Format
+    """The largest magnitude of the whole tensor."""
+    float8: Float8Format
     rounding: Rounding
     stream: int
-    """random_bits.stream_key, or what stream_from makes of it for a slice that begins at a later block."""
+    """random_bits.stream_key; for a slice that starts at a later block, stream_from of it."""

@@ -1,14 +1,14 @@
-"""The Triton kernels. Importing this module imports Triton: nvidia.py does so when it is first used.
+"""The Triton kernels. Importing this module imports Triton, so nvidia.py imports it on first use.
 
-Rounding costs about twenty instructions an element, which keeps up with the memory. What makes them few:
+Rounding takes about twenty instructions per element, which keeps up with the memory bus. To get there:
 
 - One hash serves two elements: a program works on a tile of a block's low half and the same tile of its high half.
-- Positions in code space have 24 fraction bits here, so that a code is the top byte of an int32.
-- A division by the scale is three multiply-adds, and still correctly rounded.
+- Positions in code space have 24 fraction bits here, so the code is the top byte of an int32.
+- A division by the scale is three multiply-adds, still correctly rounded.
 - Both histograms are counted in one table, in shared memory.
 """
 
-# Annotations are not postponed here: Triton reads them.
+# No `from __future__ import annotations`: Triton reads the annotations.
 
 import triton
 import triton.language as tl
@@ -40,9 +40,9 @@ SIGN_MASK = tl.constexpr(-(1 << 31))
 EXPONENT_MASK = tl.constexpr(0xFF << FP32_MANTISSA)
 
 COLUMNS = tl.constexpr(RELATIVE_BINS + 1)
-"""Row length of the table of counters (step bin, relative bin); odd, which spreads it over the memory banks."""
+"""Row length of the table of counters (step bin, relative bin). Odd, which spreads it over the memory banks."""
 UNCHANGED = tl.constexpr(STEP_BINS * (RELATIVE_BINS + 1))
-"""The counter, behind the table, of values that did not change."""
+"""The counter of values that did not change, after the table."""
 COUNTERS = tl.constexpr(STEP_BINS * (RELATIVE_BINS + 1) + 1)
 STEP_SHIFT = tl.constexpr(24 - FRACTION_BITS + STEP_BIN_BITS)
 STEP_MIDDLE = tl.constexpr(STEP_BINS << (24 - FRACTION_BITS + STEP_BIN_BITS - 1))
@@ -61,7 +61,7 @@ READ_COUNTER = tl.constexpr("ld.shared.u32 $0, [$1];")
 
 @triton.jit(do_not_specialize=["n"])
 def largest_magnitude(source, largest, n, SIGNLESS: tl.constexpr, TILE: tl.constexpr):
-    """Raise largest[0] to the largest of `source & SIGNLESS`: the bits of amax, or more than infinity's for a NaN.
+    """Raise largest[0] to the largest of `source & SIGNLESS`: the bits of amax, above those of infinity for NaN.
 
     source: (n,), the bits of floats as integers. largest: (1,), an integer of 32 bits or more.
     """
@@ -75,25 +75,25 @@ def largest_magnitude(source, largest, n, SIGNLESS: tl.constexpr, TILE: tl.const
 
 
 @triton.jit(do_not_specialize=["n", "stream", "first_pair"])
-def round_to_codes(
+def quantize_slice(
     source,
     codes,
     scale,
     n,
     stream,
     first_pair,
-    FORMAT: tl.constexpr,
+    FLOAT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     COMPLEMENT: tl.constexpr,
     CEILING: tl.constexpr,
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """source / scale -> codes; each program does the same tile of both halves of a block.
+    """source / scale -> codes. Each program processes the same tile of both halves of a block.
 
     source: (n,) float, finite. codes: (n,) uint8. scale: fp32. stream: random_bits.stream_key as int64.
-    CEILING: nvidia.ceiling of the format, or None where no value saturates and no error exceeds amax. MASKED: whether
-    tiles may reach beyond n.
+    CEILING: nvidia.ceiling of the format, or None if no value saturates and no error exceeds amax. MASKED: whether
+    tiles may extend beyond n.
     """
     WIDE: tl.constexpr = source.dtype.element_ty.primitive_bitwidth > 16
     reciprocal = tl.div_rn(1.0, scale)
@@ -103,12 +103,12 @@ def round_to_codes(
         start = block * BLOCK + half * LANE + base
         word = low_word if half == 0 else high_word
         x = _load(source, start, n, TILE, MASKED).to(tl.float32)
-        _, drawn = _draw(x, word, scale, reciprocal, FORMAT, STOCHASTIC, CEILING, WIDE, False)
+        _, drawn = _draw(x, word, scale, reciprocal, FLOAT8, STOCHASTIC, CEILING, WIDE, False)
         _store(codes, start, n, _encode(drawn, x), TILE, MASKED)
 
 
 @triton.jit(do_not_specialize=["n", "stream", "first_pair", "pairs"])
-def round_and_measure(
+def quantize_and_measure(
     source,
     codes,
     scale,
@@ -119,7 +119,7 @@ def round_and_measure(
     pairs,
     counts,
     sums,
-    FORMAT: tl.constexpr,
+    FLOAT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     COMPLEMENT: tl.constexpr,
     CEILING: tl.constexpr,
@@ -127,10 +127,11 @@ def round_and_measure(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As round_to_codes, and the statistics of the errors; each program takes every num_programs-th of `pairs` tiles.
+    """As quantize_slice, with statistics. Each program processes every num_programs-th of `pairs` pairs of tiles.
 
-    counts: int64 (COUNTERS,), added to. Tiles that reach beyond n read zeros there, and count them as unchanged.
-    sums: fp64 (programs, SUMS): of errors, their squares, the squared originals; largest error, flushed, saturated.
+    counts: int64 (COUNTERS,), added to. Tiles that extend beyond n read zeros there and count them as unchanged.
+    sums: fp64 (programs, SUMS): sum of errors (original minus dequantized), of their squares, of squared originals;
+    largest error; values flushed; values saturated.
     """
     WIDE: tl.constexpr = source.dtype.element_ty.primitive_bitwidth > 16
     reciprocal = tl.div_rn(1.0, scale)
@@ -151,9 +152,9 @@ def round_and_measure(
             start = block * BLOCK + half * LANE + base
             word = low_word if half == 0 else high_word
             x = _load(source, start, n, TILE, MASKED).to(tl.float32)
-            position, drawn = _draw(x, word, scale, reciprocal, FORMAT, STOCHASTIC, CEILING, WIDE, True)
+            position, drawn = _draw(x, word, scale, reciprocal, FLOAT8, STOCHASTIC, CEILING, WIDE, True)
             _store(codes, start, n, _encode(drawn, x), TILE, MASKED)
-            error = _error(x, drawn, scale, FORMAT)
+            error = _error(x, drawn, scale, FLOAT8)
             bins = _bins(x, error, position, drawn, amax, amax_reciprocal, CEILING)
             _count(counters, bins, SHARED_COUNTERS)
             error_sum += _fold(error)
@@ -162,7 +163,7 @@ def round_and_measure(
             max_error = tl.maximum(max_error, tl.max(tl.reshape(tl.abs(error), (TILE // FOLD, FOLD)), axis=1))
             flushed += _fold(((drawn < POSITION_ONE) & (error != 0)).to(tl.int32))
             if CEILING is not None:
-                saturated += _fold((position > (POSITION_ONE * FORMAT.max_code)).to(tl.int32))
+                saturated += _fold((position > (POSITION_ONE * FLOAT8.max_code)).to(tl.int32))
     if SHARED_COUNTERS:
         _add_shared_counters(counters, counts, TILE)
     sums += tl.program_id(0) * SUMS
@@ -182,7 +183,7 @@ def _place(pair, TILE: tl.constexpr):
 
 @triton.jit
 def _load(source, start, n, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """source[start : start + TILE], zeros from n on. A mask would keep loads from being wide."""
+    """source[start : start + TILE], zeros from n on. Unmasked loads are wide, masked ones are not."""
     offsets = tl.arange(0, TILE)
     if MASKED:
         x = tl.load(source + start + offsets, mask=offsets < n - start, other=0)
@@ -202,9 +203,9 @@ def _store(target, start, n, x, TILE: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _words(stream, block, base, STOCHASTIC: tl.constexpr, COMPLEMENT: tl.constexpr, TILE: tl.constexpr):
-    """random_bits.fill_words for a tile of both halves; zeros for rounding to nearest.
+    """random_bits.fill_words for one tile of both halves; zeros for rounding to nearest.
 
-    The complement of the second product complements the high word, but not the low one: low is high ^ product.
+    Complementing the second product complements the high word, but not the low one, which is high ^ product.
     """
     if STOCHASTIC:
         key = _splitmix64(stream, block)
@@ -244,29 +245,29 @@ def _draw(
     word,
     scale,
     reciprocal,
-    FORMAT: tl.constexpr,
+    FLOAT8: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     CEILING: tl.constexpr,
     WIDE: tl.constexpr,
     MEASURED: tl.constexpr,
 ):
-    """(the position of |x| / scale, the same after the draw, whose top byte is the code), int32 with 24 fraction bits.
+    """(position of |x| / scale, position after the draw): int32 with 24 fraction bits.
 
-    The first is only defined where MEASURED or STOCHASTIC.
+    The top byte of the second is the code. The first is defined only if MEASURED or STOCHASTIC.
     """
     magnitude = tl.abs(_divide(x, scale, reciprocal, WIDE))
     if CEILING is not None:
         magnitude = tl.minimum(magnitude, CEILING)
     if STOCHASTIC or MEASURED:
-        position = _positions(magnitude, FORMAT, WORD_BITS)
+        position = _positions(magnitude, FLOAT8, WORD_BITS)
     else:
         position = 0
     if STOCHASTIC:
         drawn = position
     else:
-        drawn = _positions(magnitude, FORMAT, 0)
+        drawn = _positions(magnitude, FLOAT8, 0)
     if CEILING is not None:
-        drawn = tl.minimum(drawn, POSITION_ONE * FORMAT.max_code)
+        drawn = tl.minimum(drawn, POSITION_ONE * FLOAT8.max_code)
     if STOCHASTIC:
         drawn += word << WORD_SHIFT
     return position, drawn
@@ -274,11 +275,11 @@ def _draw(
 
 @triton.jit
 def _divide(x, divisor, reciprocal, WIDE: tl.constexpr):
-    """x / divisor, rounded as a division is, but for quotients too small to matter (below 2^-100).
+    """x / divisor, correctly rounded, except for quotients below 2^-100, which are flushed anyway.
 
-    Markstein (Computation of Elementary Functions on the IBM RS/6000 Processor, 1990) proves it for a `reciprocal`
-    that is correctly rounded and a first quotient within one unit in the last place, which WIDE makes sure of.
-    x * reciprocal may be 1.5 units off, but will do for every x of 11 significant bits: all were tried.
+    Markstein (Computation of Elementary Functions on the IBM RS/6000 Processor, 1990) proves it for a correctly rounded
+    `reciprocal` and a first quotient within one unit in the last place, which WIDE ensures. Without WIDE,
+    x * reciprocal may be off by 1.5 units; an exhaustive check shows that this suffices for x of 11 significant bits.
     """
     quotient = x * reciprocal
     if WIDE:
@@ -287,43 +288,43 @@ def _divide(x, divisor, reciprocal, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _positions(magnitude, FORMAT: tl.constexpr, FRACTION: tl.constexpr):
-    """rounding.code_positions with FRACTION fraction bits (0 or 16), moved up to 24.
+def _positions(magnitude, FLOAT8: tl.constexpr, FRACTION: tl.constexpr):
+    """rounding.code_positions with FRACTION fraction bits (0 or 16), shifted to 24.
 
-    Adding a number whose last place is the position's, 1.5 * 2^23 of them, rounds to it, ties to even. Then the bits
-    of that sum hold the significand, and those of `binade` the exponent, each off by a constant.
+    `anchor` is 1.5 * 2^23 units of the position's last place, so adding it rounds to that place, ties to even. The bits
+    of the sum then hold the significand and those of `binade` the exponent, each plus a constant.
     """
-    binade = _bits(tl.maximum(magnitude, FORMAT.smallest_normal)) & EXPONENT_MASK
-    anchor = _float(binade) * (1.5 * 2.0 ** (MANTISSA - FORMAT.mantissa_bits - FRACTION))
+    binade = _bits(tl.maximum(magnitude, FLOAT8.smallest_normal)) & EXPONENT_MASK
+    anchor = _float(binade) * (1.5 * 2.0 ** (MANTISSA - FLOAT8.mantissa_bits - FRACTION))
     unit: tl.constexpr = 2 ** (POSITION_BITS - FRACTION)
-    step: tl.constexpr = 2 ** (POSITION_BITS - MANTISSA + FORMAT.mantissa_bits)
-    anchor_offset: tl.constexpr = 2 ** (MANTISSA - 1) + (MANTISSA - FORMAT.mantissa_bits - FRACTION) * 2**MANTISSA
-    origin: tl.constexpr = anchor_offset * unit + (BIAS + 1 - FORMAT.exponent_bias) * 2**MANTISSA * step
+    step: tl.constexpr = 2 ** (POSITION_BITS - MANTISSA + FLOAT8.mantissa_bits)
+    anchor_offset: tl.constexpr = 2 ** (MANTISSA - 1) + (MANTISSA - FLOAT8.mantissa_bits - FRACTION) * 2**MANTISSA
+    origin: tl.constexpr = anchor_offset * unit + (BIAS + 1 - FLOAT8.exponent_bias) * 2**MANTISSA * step
     origin_32: tl.constexpr = (origin & 0xFFFFFFFF) - ((origin & 0x80000000) << 1)
     return _bits(magnitude + anchor) * unit + (binade * (step - unit) - origin_32)
 
 
 @triton.jit
 def _encode(drawn, x):
-    """The codes of drawn positions, with x's signs, uint8."""
+    """The codes of drawn positions, with the signs of x: uint8."""
     return ((drawn | (_bits(x) & SIGN_MASK)) >> POSITION_BITS).to(tl.uint8)
 
 
 @triton.jit
-def _error(x, drawn, scale, FORMAT: tl.constexpr):
-    """x - code * scale, both operations rounded to fp32. (A code in fp32's exponent field is a power of two too small.)
+def _error(x, drawn, scale, FLOAT8: tl.constexpr):
+    """x - code * scale, both operations rounded to fp32. Adding 0 prevents the compiler from fusing them.
 
-    Adding 0 keeps the compiler from fusing the two.
+    A code moved to fp32's exponent and mantissa fields is too small by a power of two.
     """
-    shift: tl.constexpr = POSITION_BITS - MANTISSA + FORMAT.mantissa_bits
+    shift: tl.constexpr = POSITION_BITS - MANTISSA + FLOAT8.mantissa_bits
     signed = drawn | (_bits(x) & SIGN_MASK)
     code = _float((signed >> shift) & (SIGN_MASK | (CODE_MASK >> shift)))
-    return x - tl.fma(code * (2.0 ** (BIAS - FORMAT.exponent_bias)), scale, 0.0)
+    return x - tl.fma(code * (2.0 ** (BIAS - FLOAT8.exponent_bias)), scale, 0.0)
 
 
 @triton.jit
 def _bins(x, error, position, drawn, amax, amax_reciprocal, CEILING: tl.constexpr):
-    """The counter of each element: see error.py for the bins."""
+    """The counter of each element; error_statistics.py defines the bins."""
     negative = _bits(x) >> 31
     steps = ((drawn & CODE_MASK) - position) * (negative | 1)
     row = (steps + STEP_MIDDLE) >> STEP_SHIFT
@@ -337,7 +338,7 @@ def _bins(x, error, position, drawn, amax, amax_reciprocal, CEILING: tl.constexp
 
 @triton.jit
 def _fold(x):
-    """Sums of FOLD neighbours, which one thread holds."""
+    """Sums of FOLD neighbours, which are in one thread."""
     return tl.sum(tl.reshape(x, (x.shape[0] // FOLD, FOLD)), axis=1)
 
 
@@ -345,7 +346,7 @@ def _fold(x):
 def _clear_shared_counters(TILE: tl.constexpr):
     """The address of COUNTERS zeros in the program's shared memory.
 
-    Triton counts there only inside `histogram`, with which all of this took more than twice as long (Triton 3.6).
+    Triton itself counts there only in `histogram`, which took more than twice as long (Triton 3.6).
     """
     counters = tl.inline_asm_elementwise(DECLARE_COUNTERS, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
     for start in tl.static_range(0, COUNTERS, TILE):
