@@ -14,5 +14,5 @@ def choose(table: Mapping[str, T], name: str, what: str) -> T:
     """table[name]. Raises UnknownChoiceError naming `what` and the valid choices."""
     try:
         return table[name]
-    except (KeyError, TypeError):  # TypeError: an unhashable value, such as a list out of a workflow file
+    except (KeyError, TypeError):  # TypeError: an unhashable value, such as a list in a workflow file
         raise UnknownChoiceError(f"unknown {what} {name!r}: choose one of {', '.join(table)}") from None

@@ -2,7 +2,8 @@
 
 StochasticFP8Error
  ├── UnknownChoiceError    an option that is not in its table of choices
- ├── UnknownPatternError   a layer pattern that matches no tensor
+ ├── PatternError          an invalid layer pattern: empty, too long, or not text
+ │    └── UnknownPatternError   a layer pattern that matches no tensor
  ├── NonFiniteError        a tensor with NaN or infinite values
  ├── CheckpointError       a file that cannot be read, written or used
  ├── CalibrationError      a calibration that is missing, or does not fit the model
@@ -20,19 +21,23 @@ from pathlib import Path
 
 
 class StochasticFP8Error(Exception):
-    """Base class of the library's exceptions."""
+    """Base class of all exceptions that the library raises on purpose."""
 
 
 class UnknownChoiceError(StochasticFP8Error, ValueError):
     """An option that is not in its table of choices."""
 
 
-class UnknownPatternError(StochasticFP8Error, ValueError):
+class PatternError(StochasticFP8Error, ValueError):
+    """An invalid layer pattern: empty, not text, or too long together with the others of a request."""
+
+
+class UnknownPatternError(PatternError):
     """A layer pattern that matches no tensor."""
 
 
 class NonFiniteError(StochasticFP8Error, ValueError):
-    """A tensor holds NaN or infinite values, which scaled FP8 cannot represent."""
+    """A tensor with NaN or infinite values, which scaled FP8 cannot represent. Attributes: key, nan, inf (counts)."""
 
     def __init__(self, key: str, nan: int, inf: int):
         self.key, self.nan, self.inf = key, nan, inf
@@ -44,17 +49,17 @@ class CheckpointError(StochasticFP8Error, ValueError):
 
 
 class CalibrationError(StochasticFP8Error, ValueError):
-    """A calibration that is missing, or that does not fit the model or another calibration."""
+    """A calibration that is missing, or does not fit the model or another calibration."""
 
 
 class ActivationError(StochasticFP8Error, ValueError):
-    """The inputs of a layer hold NaN or infinite values, so nothing can be calibrated on this run."""
+    """Layer inputs with NaN or infinite values while a calibration is recorded."""
 
 
 class UnsupportedDtypeError(StochasticFP8Error, TypeError):
     """A tensor that is not floating-point, or FP8 without its scale."""
 
 
-def file_error(path: str | os.PathLike, text: str) -> CheckpointError:
-    """A CheckpointError in one line that begins with the file's name (without its folder)."""
+def file_error(path: str | os.PathLike[str], text: str) -> CheckpointError:
+    """A CheckpointError of one line: the file's name without its folder, then the text."""
     return CheckpointError(" ".join(f"{os.fspath(Path(path).name)}: {text}".splitlines()))

@@ -1,1 +1,1 @@
-"""Calibrations (second moments of layer inputs) and the GPTQ-style rounding that uses them."""
+"""Calibrations (second moments of layer inputs), and the GPTQ-style rounding that uses them."""

@@ -1,4 +1,4 @@
-"""Weights as a recipe says, with calibrated rounding where a calibration tells what their layers are fed."""
+"""Calibrated rounding of one weight, with its error statistics."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import replace
 import torch
 
 from ..choices import choose
+from ..numerics.backends import choose_backend
 from ..numerics.error_statistics import ErrorStatistics, measure, merge
 from ..numerics.formats import FORMATS, Float8Format
-from ..numerics.quantized_tensor import QuantizedTensor, finish, scale_tensor
+from ..numerics.quantized_tensor import QuantizedTensor, build_result, find_amax, flatten
 from ..numerics.rounding import FRACTION_BITS, code_positions
-from ..numerics.scaling import SCALINGS
-from .gptq import calibrate
+from ..numerics.scaling import SCALINGS, amax_to_scale
+from ..numerics.transfers import to_device
+from .gptq import gptq_round
 from .moments import LayerCalibration
 
 MEASURED_AT_ONCE = 1 << 22
+"""Elements measured at once, which bounds the memory of intermediates."""
 
 
 def calibrate_tensor(
@@ -28,28 +31,32 @@ def calibrate_tensor(
     statistics: bool = False,
     device: torch.device | str | None = None,
 ) -> QuantizedTensor:
-    """quantize_tensor for a Linear weight (out, in) of which the inputs are known: see calibrate.py.
+    """quantize_tensor with calibrated rounding, for a Linear weight (out, in) with recorded inputs; see gptq.py.
 
-    With a scaling other than "none" the best scale around that of `scaling` is searched for. The same bytes on one
-    device and version of torch. Raises as quantize_tensor, and CalibrationError for another number of inputs.
+    Unless `scaling` is "none", the best scale near that of `scaling` is searched for. The bytes are the same on one
+    device and version of torch. Raises as quantize_tensor, and CalibrationError if the weight does not have the
+    calibration's width.
     """
     float8, scaler = choose(FORMATS, format, "format"), choose(SCALINGS, scaling, "scaling")
     if x.device.type == "mps":  # has no float64
         device = device or "cpu"
-    flat, amax, scale = scale_tensor(x, float8, scaler, key, device)
-    searching = scaler.target is not None
-    codes, scale, output_error = calibrate(flat.reshape(x.shape), scale, calibration, float8, search_scale=searching)
+    flat = to_device(flatten(x, key), torch.device(device or x.device))
+    amax = find_amax([flat], choose_backend(flat.device), key)
+    scale = amax_to_scale(amax, float8, scaler).to(flat.device)
+    codes, scale, output_error = gptq_round(
+        flat.reshape(x.shape), scale, calibration, float8, search_scale=scaler.target is not None
+    )
     codes = codes.reshape(-1)
     error = _measure(flat, codes.view(torch.uint8), scale, amax, float8) if statistics else None
-    return replace(finish(x, flat, codes.to(x.device), scale, amax, error), output_error=output_error)
+    return replace(build_result(x, flat, codes.to(x.device), scale, amax, error), output_error=output_error)
 
 
 def _measure(
-    flat: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, amax: float, format: Float8Format
+    flat: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, amax: float, float8: Float8Format
 ) -> ErrorStatistics:
     parts = []
     for start in range(0, flat.numel(), MEASURED_AT_ONCE):
         original = flat[start : start + MEASURED_AT_ONCE].float()
-        positions = code_positions(original / scale, format, FRACTION_BITS)
-        parts.append(measure(original, codes[start : start + MEASURED_AT_ONCE], positions, scale, amax, format))
+        positions = code_positions(original / scale, float8, FRACTION_BITS)
+        parts.append(measure(original, codes[start : start + MEASURED_AT_ONCE], positions, scale, amax, float8))
     return merge(parts)

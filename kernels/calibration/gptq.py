@@ -1,10 +1,10 @@
-"""Rounding that knows what a layer is fed: each weight goes up or down so that the layer's output changes least.
+"""GPTQ-style rounding: each weight goes up or down so that the layer's output changes least for recorded inputs.
 
-For a weight W (out, in), its rounded version W + E and inputs with second moment H = XᵀX / n, the mean squared change
-of the output is tr(E H Eᵀ). The inputs are rounded one after the other, for all outputs at once. Each is first moved
-by what best makes up for the errors made so far, which is GPTQ (Frantar et al., 2022); written with H = R Rᵀ, R upper
-triangular, in place of the Cholesky factor of the inverse, it needs no inverse (Chee et al., QuIP, 2023, prove that
-they are the same). Then coordinate descent: each input once more, given all the others.
+For a weight W (out, in), its rounding error E and inputs with second moment H = XᵀX / n, the mean squared change of the
+output is tr(E H Eᵀ). GPTQ (Frantar et al., 2022) rounds the inputs one after the other, for all outputs at once. Error
+feedback moves each input, before it is rounded, to best compensate for the errors made so far. It is computed here from
+H = R Rᵀ, R upper triangular, and needs no inverse of H (Chee et al., QuIP, 2023, prove that both are the same). Then
+coordinate descent rounds each input again, given all the others.
 """
 
 from __future__ import annotations
@@ -18,99 +18,104 @@ from ..errors import CalibrationError
 from ..numerics.formats import Float8Format
 from ..numerics.output_error import OutputError
 from ..numerics.scaling import SMALLEST_SCALE
+from .autocast import without_autocast
 from .moments import LayerCalibration
 
 DAMPING = 0.01
-"""Added to H's diagonal, as a share of its mean: what was seen is only a sample of what the layer will be fed."""
+"""Added to the diagonal of H, as a share of its mean, because recorded inputs are only a sample."""
 TRUSTED_ROWS = 3000
-"""With fewer rows the damping grows in proportion."""
+"""Rows of recorded inputs. With fewer rows, the damping grows in proportion."""
 
-COLUMNS = 128
-"""Inputs whose effect on the rest is gathered in one matrix multiplication."""
-SHRINKING = 0.75
-"""What is done is cut off a matrix when less than this share of it is left."""
+PANEL = 128
+"""Inputs whose effect on all others is computed in one matrix product."""
+SHRINK_BELOW = 0.75
+"""Drop finished rows from the working matrix when fewer than this share remain."""
 CHUNK_ELEMENTS = 1 << 26
-"""Outputs are independent of each other: as many are rounded at once as bound the memory of intermediates."""
+"""Elements rounded at once. Outputs are independent, so this bounds the memory of intermediates and changes nothing."""
 
 MEASURED_OUTPUTS = 1024
-"""The error is predicted on about so many outputs, evenly spaced: all of them would cost a third of the time."""
+"""Outputs, evenly spaced, from which the error is predicted. All of them would take a third of the total time."""
 
 SCALE_CANDIDATES = tuple(2 ** (i / 4) for i in range(-4, 4))
+"""Multiples of the scale that are tried."""
 SCALE_SAMPLE = 64
 """Outputs on which the candidates are compared."""
 
 
-def calibrate(
+def gptq_round(
     weight: torch.Tensor,
     scale: torch.Tensor,
     calibration: LayerCalibration,
-    format: Float8Format,
+    float8: Float8Format,
     *,
     search_scale: bool = True,
     descents: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, OutputError]:
-    """Codes (float8, of the weight's shape), scale and predicted error of a weight, for the inputs in `calibration`.
+    """Codes (float8, in the weight's shape), scale and predicted output error of a weight.
 
-    weight: float (out, in), finite. scale: fp32 0-dim, the one to round to nearest with and, unless `search_scale`,
-    the result's. descents: passes of coordinate descent. Where nearest is no worse, its codes and scale are returned.
-    The same bytes on one device and version of torch. Raises CalibrationError where the weight does not have the
-    calibration's width.
+    weight: float (out, in), finite. scale: fp32 0-dim, the scale for rounding to nearest; the result has the same scale
+    unless `search_scale` finds a better one. descents: passes of coordinate descent. If nearest is no worse, its codes
+    and scale are returned. The bytes are the same on one device and version of torch, whatever torch's default dtype
+    and autocast are. Raises CalibrationError if the weight does not have the calibration's width.
     """
     if weight.ndim != 2 or weight.shape[1] != calibration.width:
-        raise CalibrationError(f"a weight of shape {tuple(weight.shape)} cannot take {calibration.width} inputs")
-    problem = _Problem(calibration, weight.device)
-    chosen = _search_scale(problem, weight, scale, format) if search_scale else scale
-    codes, nearest = torch.empty_like(weight, dtype=format.dtype), torch.empty_like(weight, dtype=format.dtype)
-    output = error = nearest_error = 0.0
-    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
-    sample = slice(None, None, -(-len(weight) // MEASURED_OUTPUTS))
-    for part in (slice(start, start + step) for start in range(0, len(weight), step)):
-        columns = problem.columns(weight[part])
-        rounded = _round(problem, columns / chosen, format, descents)
-        plain = _to_grid(columns / scale, format)
-        output += problem.energy(columns[..., sample]).sum().item()
-        error += problem.energy((_decode(rounded) * chosen - columns)[..., sample]).sum().item()
-        nearest_error += problem.energy((_decode(plain) * scale - columns)[..., sample]).sum().item()
-        codes[part], nearest[part] = problem.rows(rounded), problem.rows(plain)
+        raise CalibrationError(
+            f"a weight of shape {tuple(weight.shape)} does not fit a calibration of {calibration.width} inputs"
+        )
+    with without_autocast(weight.device):
+        layer = _Layer(calibration, weight.device)
+        chosen = _search_scale(layer, weight, scale, float8) if search_scale else scale
+        codes, nearest = torch.empty_like(weight, dtype=float8.dtype), torch.empty_like(weight, dtype=float8.dtype)
+        output = error = nearest_error = 0.0
+        step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+        sample = slice(None, None, -(-len(weight) // MEASURED_OUTPUTS))
+        for part in (slice(start, start + step) for start in range(0, len(weight), step)):
+            columns = layer.permute(weight[part])
+            rounded = _round(layer, columns / chosen, float8, descents)
+            plain = _to_nearest(columns / scale, float8)
+            output += layer.energy(columns[..., sample]).sum().item()
+            error += layer.energy((rounded.float() * chosen - columns)[..., sample]).sum().item()
+            nearest_error += layer.energy((plain.float() * scale - columns)[..., sample]).sum().item()
+            codes[part], nearest[part] = layer.restore(rounded), layer.restore(plain)
     if nearest_error <= error:
         codes, chosen, error = nearest, scale, nearest_error
     return codes, chosen, OutputError(calibration.rows, _relative(nearest_error, output), _relative(error, output))
 
 
 def damping_share(rows: int) -> float:
-    """The damping for a moment of `rows` rows, as a share of its mean diagonal."""
+    """The damping for a second moment of `rows` rows, as a share of its mean diagonal."""
     return DAMPING * max(1.0, TRUSTED_ROWS / rows)
 
 
-class _Problem:
-    """A layer's second moment, ready for rounding: blocks with their inputs in the order in which they are rounded."""
+class _Layer:
+    """A layer's second moment, factorized, with the inputs of each block in the order in which they are rounded."""
 
     def __init__(self, calibration: LayerCalibration, device: torch.device):
         moment = calibration.moment(device)
-        power = moment.diagonal(dim1=1, dim2=2).mean(1)
-        self.damping = (damping_share(calibration.rows) * power).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        self.order, factor = _factor(moment, self.damping)
-        self.back = self.order.argsort(dim=1)
+        mean = moment.diagonal(dim1=1, dim2=2).mean(1)
+        self.damping = (damping_share(calibration.rows) * mean).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        self.order, factor = _pivoted_cholesky(moment, self.damping)
+        self.inverse_order = self.order.argsort(dim=1)
         self.moment = torch.stack([h[order][:, order] for h, order in zip(moment, self.order, strict=True)])
-        self.feed_forward = factor / factor.diagonal(dim1=1, dim2=2)[:, None]
-        """[:, i, j]: the share of input i's error that a later input j makes up for; fp32 (blocks, side, side)."""
+        self.feedback = factor / factor.diagonal(dim1=1, dim2=2)[:, None]
+        """[:, i, j]: how much of input i's error the later input j compensates; fp32 (blocks, side, side)."""
 
-    def columns(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight (out, in) as fp32 (blocks, side, out)."""
+    def permute(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight (out, in) as fp32 (blocks, side, out), in rounding order."""
         columns = weight.float().T.reshape(*self.order.shape, -1)
         return columns.gather(1, self.order[:, :, None].expand_as(columns))
 
-    def rows(self, columns: torch.Tensor) -> torch.Tensor:
-        """Codes (blocks, side, out) as (out, in)."""
+    def restore(self, columns: torch.Tensor) -> torch.Tensor:
+        """Codes (blocks, side, out), in rounding order, as (out, in)."""
         values = columns.view(torch.uint8)
-        values = values.gather(1, self.back[:, :, None].expand_as(values))
+        values = values.gather(1, self.inverse_order[:, :, None].expand_as(values))
         return values.flatten(0, 1).T.view(columns.dtype)
 
     def energy(self, columns: torch.Tensor) -> torch.Tensor:
-        """tr(C H Cᵀ), for each output: float64 (out,). H being symmetric, half of it is multiplied."""
+        """tr(C H Cᵀ) for each output: float64 (out,). H is symmetric, so only half of it is multiplied."""
         total = torch.zeros(columns.shape[2], dtype=torch.float64, device=columns.device)
-        for start in range(0, columns.shape[1], COLUMNS):
-            stop = start + COLUMNS
+        for start in range(0, columns.shape[1], PANEL):
+            stop = start + PANEL
             band, here = self.moment[:, start:stop], columns[:, start:stop]
             product = band[:, :, start:stop] @ here + 2 * (band[:, :, stop:] @ columns[:, stop:])
             total += (product * here).sum((0, 1), dtype=torch.float64)
@@ -118,103 +123,107 @@ class _Problem:
 
     @cached_property
     def descent(self) -> torch.Tensor:
-        """[:, i, j]: the share of input i's error that input j alone would best make up for."""
+        """[:, i, j]: how much of input i's error input j compensates best, if no other input does."""
         return self.moment / (self.moment.diagonal(dim1=1, dim2=2) + self.damping)[:, None]
 
 
-def _factor(moment: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order, R): R upper triangular with R Rᵀ = D[order][:, order] for each block D of the damped moment.
+def _pivoted_cholesky(moment: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, R) with R upper triangular and R Rᵀ = D[order][:, order], for each block D of the damped moment.
 
-    The error that nothing can make up for any more is R's squared diagonal: of all inputs that could be rounded last,
-    the one is taken with the least of it, then the last but one, and so on (min-pivot order: Chen et al., The Geometry
-    of LLM Quantization, 2025). A Cholesky decomposition with pivoting, from the last row up, in panels of COLUMNS.
+    A Cholesky decomposition with pivoting, from the last row up, in panels of PANEL rows. R's squared diagonal is the
+    error that no later input can compensate. The last input is the one with the smallest such error among all inputs,
+    the second to last has the smallest among the rest, and so on (min-pivot order: Chen et al., The Geometry of LLM
+    Quantization, 2025).
 
-    moment: fp32 (blocks, side, side). damping: (blocks, 1). order: int64 (blocks, side). fp32 suffices: no pivot is
-    below the damping, which is far above its rounding errors.
+    moment: fp32 (blocks, side, side). damping: (blocks, 1). order: int64 (blocks, side). fp32 is enough: no pivot is
+    smaller than the damping, which is far above the rounding errors.
     """
     matrix = moment + torch.diag_embed(damping.expand(-1, moment.shape[1]))
     blocks, side, _ = matrix.shape
     block = torch.arange(blocks, device=matrix.device)
     order = torch.empty(blocks, side, dtype=torch.int64, device=matrix.device)
     factor = torch.zeros_like(matrix)
-    names = torch.arange(side, device=matrix.device).repeat(blocks, 1)
+    inputs = torch.arange(side, device=matrix.device).repeat(blocks, 1)
     pivots = matrix.diagonal(dim1=1, dim2=2).clone()
-    for start in range(0, side, COLUMNS):
-        stop = min(start + COLUMNS, side)
-        panel = matrix.new_zeros(*names.shape, stop - start)
+    for start in range(0, side, PANEL):
+        stop = min(start + PANEL, side)
+        panel = matrix.new_zeros(*inputs.shape, stop - start)
         for i in range(stop - start):
-            least, pick = pivots.min(1)
-            known = panel[:, :, :i] @ panel[block, pick, :i, None]
-            panel[:, :, i] = (matrix[block, pick] - known[:, :, 0]) / least[:, None].maximum(damping).sqrt()
+            smallest, row = pivots.min(1)
+            done = panel[:, :, :i] @ panel[block, row, :i, None]
+            panel[:, :, i] = (matrix[block, row] - done[:, :, 0]) / smallest[:, None].maximum(damping).sqrt()
             pivots -= panel[:, :, i].square()
-            pivots[block, pick] = torch.inf
-            order[:, start + i] = names[block, pick]
-        factor[:, :, start:stop].scatter_(1, names[:, :, None].expand_as(panel), panel)
-        if (side - stop) < SHRINKING * names.shape[1]:
-            left = pivots.isfinite()
-            matrix = torch.stack([m[rest][:, rest] for m, rest in zip(matrix, left, strict=True)])
-            panel = panel[left].view(blocks, side - stop, stop - start)
-            names, pivots = (x[left].view(blocks, side - stop) for x in (names, pivots))
+            pivots[block, row] = torch.inf
+            order[:, start + i] = inputs[block, row]
+        factor[:, :, start:stop].scatter_(1, inputs[:, :, None].expand_as(panel), panel)
+        if (side - stop) < SHRINK_BELOW * inputs.shape[1]:
+            rest = pivots.isfinite()
+            matrix = torch.stack([m[kept][:, kept] for m, kept in zip(matrix, rest, strict=True)])
+            panel = panel[rest].view(blocks, side - stop, stop - start)
+            inputs, pivots = (x[rest].view(blocks, side - stop) for x in (inputs, pivots))
         matrix.baddbmm_(panel, panel.mT, alpha=-1)
     factor = factor.gather(1, order[:, :, None].expand_as(factor))
     return order.flip(1), factor.flip(1, 2).triu_()
 
 
-def _round(problem, scaled: torch.Tensor, format: Float8Format, descents: int) -> torch.Tensor:
-    """Codes of scaled columns (blocks, side, out)."""
+def _round(layer: _Layer, scaled: torch.Tensor, float8: Float8Format, descents: int) -> torch.Tensor:
+    """Codes of scaled weights (blocks, side, out): GPTQ, then `descents` passes of coordinate descent."""
     errors = torch.zeros_like(scaled)
-    codes = _sweep(scaled, errors, problem.feed_forward, format, triangular=True)
+    codes = _sweep(scaled, errors, layer.feedback, float8, triangular=True)
     for _ in range(descents):
-        codes = _sweep(scaled, errors, problem.descent, format)
+        codes = _sweep(scaled, errors, layer.descent, float8)
     return codes
 
 
-def _sweep(scaled, errors, coupling, format: Float8Format, triangular: bool = False) -> torch.Tensor:
-    """Round each input once, moved against the errors of the others; the codes, with `errors` updated in place.
+def _sweep(
+    scaled: torch.Tensor,
+    errors: torch.Tensor,
+    feedback: torch.Tensor,
+    float8: Float8Format,
+    triangular: bool = False,
+) -> torch.Tensor:
+    """Round each input once, with error feedback from the others. Returns the codes and updates `errors` in place.
 
-    scaled, errors: (blocks, side, out). coupling[:, i, j]: the share of input i's error that input j makes up for;
-    triangular: it is zero for i > j. The diagonal counts for nothing.
+    scaled, errors: (blocks, side, out). feedback[:, i, j]: how much of input i's error input j compensates; its
+    diagonal is not used. triangular: feedback is zero for i > j.
     """
-    codes = torch.empty_like(scaled, dtype=format.dtype)
-    for start in range(0, scaled.shape[1], COLUMNS):
-        here = slice(start, start + COLUMNS)
-        known = start if triangular else scaled.shape[1]
-        taken_over = coupling[:, :known, here].mT @ errors[:, :known]
-        inside = coupling[:, here, here].mT.contiguous()
+    codes = torch.empty_like(scaled, dtype=float8.dtype)
+    for start in range(0, scaled.shape[1], PANEL):
+        here = slice(start, start + PANEL)
+        stop = start if triangular else scaled.shape[1]
+        from_others = feedback[:, :stop, here].mT @ errors[:, :stop]
+        within = feedback[:, here, here].mT.contiguous()
         if not triangular:
-            taken_over -= inside.diagonal(dim1=1, dim2=2)[:, :, None] * errors[:, here]
-        changes = torch.empty_like(taken_over)
-        for j in range(inside.shape[1]):
-            total = torch.baddbmm(taken_over[:, j : j + 1], inside[:, j : j + 1, :j], changes[:, :j])[:, 0]
-            code = _to_grid(scaled[:, start + j] - total, format)
-            changes[:, j] = _decode(code) - scaled[:, start + j] - errors[:, start + j]
+            from_others -= within.diagonal(dim1=1, dim2=2)[:, :, None] * errors[:, here]
+        changes = torch.empty_like(from_others)
+        for j in range(within.shape[1]):
+            total = torch.baddbmm(from_others[:, j : j + 1], within[:, j : j + 1, :j], changes[:, :j])[:, 0]
+            code = _to_nearest(scaled[:, start + j] - total, float8)
+            changes[:, j] = code.float() - scaled[:, start + j] - errors[:, start + j]
             codes[:, start + j] = code
         errors[:, here] += changes
     return codes
 
 
-def _search_scale(problem: _Problem, weight: torch.Tensor, scale: torch.Tensor, format: Float8Format) -> torch.Tensor:
-    """The best of some multiples of a scale, by predicted output error on a sample of outputs.
+def _search_scale(layer: _Layer, weight: torch.Tensor, scale: torch.Tensor, float8: Float8Format) -> torch.Tensor:
+    """The candidate scale with the smallest predicted output error on a sample of outputs.
 
-    The sample is spread evenly over the outputs in order of their amax and holds the largest, which saturates first.
+    The sample is evenly spaced over the outputs sorted by amax. It contains the largest, which saturates first.
     """
     by_amax = weight.abs().amax(1).argsort(descending=True, stable=True)
-    sample = problem.columns(weight[by_amax[:: -(-len(by_amax) // SCALE_SAMPLE)]])
-    candidates = (scale * torch.tensor(SCALE_CANDIDATES, device=scale.device)).clamp(min=SMALLEST_SCALE)
+    sample = layer.permute(weight[by_amax[:: -(-len(by_amax) // SCALE_SAMPLE)]])
+    multiples = torch.tensor(SCALE_CANDIDATES, dtype=torch.float32, device=scale.device)
+    candidates = (scale * multiples).clamp(min=SMALLEST_SCALE)
     columns = sample.repeat(1, 1, len(candidates))
     scales = candidates.repeat_interleave(sample.shape[2])
-    rounded = _round(problem, columns / scales, format, descents=0)
-    errors = problem.energy(_decode(rounded) * scales - columns).view(len(candidates), -1)
+    rounded = _round(layer, columns / scales, float8, descents=0)
+    errors = layer.energy(rounded.float() * scales - columns).view(len(candidates), -1)
     return candidates[errors.sum(1).argmin()]
 
 
-def _to_grid(scaled: torch.Tensor, format: Float8Format) -> torch.Tensor:
-    """The nearest FP8 code, ties to even, saturating; float8. The same as rounding.round_to_codes, in two steps."""
-    return scaled.clamp(-format.max, format.max).to(format.dtype)
-
-
-def _decode(codes: torch.Tensor) -> torch.Tensor:
-    return codes.float()
+def _to_nearest(scaled: torch.Tensor, float8: Float8Format) -> torch.Tensor:
+    """The nearest FP8 code, ties to even, saturating; float8. Equal to rounding.round_to_codes for finite values."""
+    return scaled.clamp(-float8.max, float8.max).to(float8.dtype)
 
 
 def _relative(error: float, output: float) -> float:

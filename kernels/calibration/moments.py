@@ -1,7 +1,7 @@
-"""What the Linear layers of a model receive while it runs: the data that calibrated rounding works from.
+"""A calibration: statistics of what the Linear layers of a model receive while it runs.
 
-Only the second moment XᵀX of a layer's inputs X (rows, width) is kept, with the number of rows and their largest
-magnitude. All three are sums or maxima, so calibrations can be added.
+For a layer's inputs X (rows, width) they are the second moment XᵀX, the number of rows and the largest magnitude. All
+three are sums or maxima, so calibrations can be added.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from ..errors import CalibrationError
 
 WIDEST_BLOCK = 3072
-"""A wider layer's moment is kept as equal blocks on its diagonal, at most this wide: Flux then takes 11 GB, not 28."""
+"""Inputs. The moment of a wider layer is kept as equal blocks on its diagonal: 11 GB for Flux in place of 28 GB."""
 
 TILE = 256
-"""The moment is symmetric: of each band of this many rows, what lies left of the diagonal band is not stored."""
+"""Rows of a band. The moment is symmetric: each band is stored from its first column on the diagonal to the right."""
 
 
 def block_count(width: int) -> int:
-    """How many equal blocks, none wider than WIDEST_BLOCK, stand for a layer of `width` inputs."""
+    """The number of equal blocks, none wider than WIDEST_BLOCK, for a layer of `width` inputs."""
     count = -(-width // WIDEST_BLOCK)
     while width % count:
         count += 1
@@ -31,25 +31,27 @@ def block_count(width: int) -> int:
 
 
 def moment_size(width: int) -> int:
-    """How many numbers are kept of the second moment of `width` inputs."""
+    """Numbers that are stored for the second moment of `width` inputs."""
     return sum(math.prod(shape) for shape in _band_shapes(width))
 
 
 @dataclass(frozen=True)
 class LayerCalibration:
-    """What one layer saw. `read_moment()` gives the packed moment: fp32 (moment_size(width),), a sum over the rows."""
+    """The recorded inputs of one layer."""
 
     width: int
+    """Number of inputs."""
     rows: int
     amax: float
     """Largest magnitude of the inputs."""
     read_moment: Callable[[], torch.Tensor] = field(repr=False)
+    """Returns the packed moment: fp32 (moment_size(width),), a sum over the rows."""
 
     def moment(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The mean of x xᵀ over the rows, fp32 (blocks, side, side) with blocks * side = width, on `device`."""
         blocks = block_count(self.width)
         side = self.width // blocks
-        moment = torch.empty(blocks, side, side, device=device)
+        moment = torch.empty(blocks, side, side, dtype=torch.float32, device=device)
         for start, band in bands(self.read_moment().to(device), self.width):
             stop = start + band.shape[1]
             moment[:, start:stop, start:] = band
@@ -63,44 +65,46 @@ class LayerCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the layers of one model saw, by tensor key (bare ComfyUI layer name + `.weight`)."""
+    """The recorded inputs of a model's layers."""
 
     layers: Mapping[str, LayerCalibration]
+    """By tensor key: bare ComfyUI layer name + `.weight`."""
     source: str = ""
-    """The model's or the file's name, for people."""
+    """Name of the model or file, for people."""
 
     def layer_of(self, key: str, weight: torch.Tensor) -> LayerCalibration | None:
-        """What a weight (out, in) was seen to be multiplied with; None if that was never seen, or has another width."""
+        """The recorded inputs of a weight (out, in). None: not recorded, or with another width."""
         layer = self.layers.get(key)
         return layer if layer and weight.ndim == 2 and weight.shape[1] == layer.width else None
 
     def __add__(self, other: Calibration) -> Calibration:
-        """Both runs together. Raises CalibrationError where a layer's widths differ."""
+        """Both runs together. Raises CalibrationError if the widths of a layer differ."""
         layers = dict(self.layers)
         for key, layer in other.layers.items():
             if key in layers and layers[key].width != layer.width:
                 raise CalibrationError(
                     f"the calibrations are of different models: layer '{key}' has {layers[key].width} inputs in one "
-                    f"and {layer.width} in the other; calibrate this model anew"
+                    f"and {layer.width} in the other; calibrate this model again"
                 )
             layers[key] = layers[key] + layer if key in layers else layer
         return Calibration(layers, " + ".join(filter(None, (self.source, other.source))))
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all moments."""
         return sum(4 * moment_size(layer.width) for layer in self.layers.values())
 
 
 @cache
 def _band_shapes(width: int) -> tuple[tuple[int, int, int], ...]:
-    """The shape of each band: (blocks, its rows, its columns, which begin at the diagonal)."""
+    """The shape of each band: (blocks, rows, columns from the diagonal on)."""
     blocks = block_count(width)
     side = width // blocks
     return tuple((blocks, min(TILE, side - start), side - start) for start in range(0, side, TILE))
 
 
 def bands(packed: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, band) of a packed moment, as views of it."""
+    """(first row, band) for each band of a packed moment; the bands are views of it."""
     at = start = 0
     for shape in _band_shapes(width):
         size = math.prod(shape)

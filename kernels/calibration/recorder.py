@@ -1,4 +1,4 @@
-"""Records a calibration: the running sums of what layers receive."""
+"""Records a calibration: running sums over the inputs of layers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import torch
 
 from ..errors import ActivationError
 from ..numerics.scaling import tensor_to_amax
+from .autocast import without_autocast
 from .moments import Calibration, LayerCalibration, bands, block_count, moment_size
 
 GOLDEN_SECTION = (5**0.5 - 1) / 2
-"""Its multiples fall evenly into 0..1, however many there are."""
+"""The fractional parts of its multiples are evenly spread over 0..1, for any number of them."""
 
 
 class ActivationRecorder:
-    """Gathers a calibration from the inputs of layers, call by call. The sums are kept on `device`.
+    """Records a calibration from the inputs of layers, call by call. The sums are kept on `device`.
 
-    most_rows: of a call with more rows only so many are taken, evenly spaced, and others in the next call.
+    most_rows: rows recorded per call, evenly spaced; None: all. The next call records other positions.
     """
 
     def __init__(self, device: torch.device | str = "cpu", most_rows: int | None = None):
         self.device, self.most_rows = device, most_rows
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, _RunningSums] = {}
 
     def observe(self, key: str, x: torch.Tensor) -> None:
         """Add one call's inputs: x (..., width), float of any width, on any device.
@@ -37,37 +38,38 @@ class ActivationRecorder:
             nan, inf = int(rows.isnan().sum()), int(rows.float().isinf().sum())
             raise ActivationError(
                 f"the inputs of layer '{key.removesuffix('.weight')}' hold {nan} NaN and {inf} infinite values: the "
-                f"model does not work with these settings or in this precision, so there is nothing to calibrate on"
+                f"model does not work with these settings or in this precision; change them, then calibrate again"
             )
         if key not in self._sums:
-            self._sums[key] = _Sums(rows.shape[1], self.device)
+            self._sums[key] = _RunningSums(rows.shape[1], self.device)
         self._sums[key].add(rows, amax, self.most_rows or len(rows))
 
     def result(self, source: str = "") -> Calibration:
-        """What was seen. The observer may not be used after that."""
+        """The recorded calibration. The recorder must not be used afterwards: both share the sums."""
         return Calibration({key: sums.result() for key, sums in self._sums.items()}, source)
 
 
 def _thin(rows: torch.Tensor, most: int, call: int) -> torch.Tensor:
-    """At most so many of them, evenly spaced. With each call they begin elsewhere: the same places each time may be
-    a few columns of a picture."""
+    """At most `most` of the rows, evenly spaced. The first one moves from call to call: fixed positions could be the
+    same few columns of an image each time."""
     step = -(-len(rows) // most)
     return rows[int(step * (call * GOLDEN_SECTION % 1)) :: step]
 
 
-class _Sums:
-    """One layer's running sums."""
+class _RunningSums:
+    """Those of one layer."""
 
     def __init__(self, width: int, device: torch.device | str):
         self.width, self.rows, self.calls, self.amax = width, 0, 0, 0.0
-        self.packed = torch.zeros(moment_size(width), device=device)
+        self.packed = torch.zeros(moment_size(width), dtype=torch.float32, device=device)
 
     def add(self, rows: torch.Tensor, amax: float, most_rows: int) -> None:
         x = _thin(rows, most_rows, self.calls).float()
         blocks = x.reshape(len(x), block_count(self.width), -1).transpose(0, 1)
-        for start, band in bands(self.packed, self.width):
-            left = blocks[:, :, start : start + band.shape[1]].mT
-            band += (left @ blocks[:, :, start:]).to(band.device)
+        with without_autocast(x.device):
+            for start, band in bands(self.packed, self.width):
+                left = blocks[:, :, start : start + band.shape[1]].mT
+                band += (left @ blocks[:, :, start:]).to(band.device)
         self.rows += len(x)
         self.calls += 1
         self.amax = max(self.amax, amax)

@@ -1,1 +1,1 @@
-"""The headless command, `python -m kernels`: its arguments, its jobs and what it writes to the terminal."""
+"""The command `python -m kernels`: arguments, jobs, and what it prints."""

@@ -1,4 +1,4 @@
-"""What the command says: reports and comparisons as plain text and as JSON."""
+"""Reports and comparisons as plain text for the terminal, and as data for --json."""
 
 from __future__ import annotations
 
@@ -7,46 +7,41 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from statistics import median
+from typing import Any
 
+from .. import display
 from ..numerics.error_statistics import ErrorStatistics, merge
-from ..report.report import Report
-from ..report.table import describe_bytes, describe_output_error, number_of
-from ..studies.comparison import (
-    OUTPUT_COLUMN,
-    Comparison,
-    Trial,
-    describe_sample,
-    describe_unseen,
-    recommendations,
-    typical_output_error,
-)
+from ..report.report import KeptTensor, Report
+from ..report.table import describe_output_error
+from ..studies.advice import describe_sample, describe_unseen, recommendations
+from ..studies.comparison import Comparison, Trial
+from ..studies.table import OUTPUT_COLUMN, typical_output_error
 
 WORST = 5
 
 
 def summary(report: Report, target: str, seconds: float) -> str:
-    """What quantizing did: sizes, error, the worst layers."""
-    error = report.error
+    """What quantizing did: sizes, error, the worst layers, notes."""
     lines = [
-        f"{report.source} -> {target} in {seconds:.1f} s",
-        *_table([*_facts(report), ("error", *describe_error(error)), *_output_error(report)]),
+        f"{report.source} → {target} in {display.seconds(seconds)}",
+        *_table([*_facts(report), ("error", *_describe_error(report.error)), *_output_error(report)]),
         "",
         "the layers with the lowest SQNR",
-        *_table([layer.key, *describe_error(layer.error)] for layer in report.worst(WORST)),
+        *_table([layer.key, *_describe_error(layer.error)] for layer in report.worst(WORST)),
         *_notes(report),
     ]
     return "\n".join(lines)
 
 
 def plan(report: Report, target: str) -> str:
-    """What quantizing would do: sizes, and which tensors stay as they are and why."""
+    """What quantizing would do: sizes, which tensors are kept and why, notes."""
     reasons = Counter(tensor.reason.text for tensor in report.kept)
     lines = [
-        f"{report.source} -> {target}: dry run, nothing is written",
+        f"{report.source} → {target}: dry run, nothing is written",
         *_table(_facts(report)),
         *(["", "why tensors are kept"] if reasons else []),
         *_table((f"{count:,}", reason) for reason, count in reasons.most_common()),
-        *(["", "patterns and the layers they name"] if report.pattern_hits else []),
+        *(["", "patterns and the number of tensors they match"] if report.pattern_hits else []),
         *_table((f"{hits:,}", pattern) for pattern, hits in report.pattern_hits),
         *_notes(report),
     ]
@@ -54,18 +49,18 @@ def plan(report: Report, target: str) -> str:
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """A row a format and rounding, over the values of all layers; of errors of outputs the median."""
+    """One row per format and rounding, over the values of all layers. Output errors are medians over the layers."""
     calibrated = comparison.calibration is not None
-    heads = ("format", "rounding", "RMSE", "bias", "bias by chance", "quality", "flushed")
+    heads = ("format", "rounding", "RMSE", "bias", "bias by chance", "SQNR", "flushed")
     rows = [
         (
             trial.format,
             trial.rounding,
-            f"{error.rmse:.3e}",
-            f"{error.bias:+.2e}",
-            f"±{_chance(error):.2e}",
-            _quality(error),
-            _share(error.flushed, error.count),
+            display.number(error.rmse),
+            display.small(error.bias),
+            f"±{display.small(_chance(error))}",
+            display.decibels(error.sqnr),
+            display.share(error.flushed / (error.count or 1)),
             *([typical_output_error(trial)] if calibrated else []),
         )
         for trial, error in _merged(comparison)
@@ -81,8 +76,8 @@ def comparison_table(comparison: Comparison) -> str:
     )
 
 
-def comparison_data(comparison: Comparison) -> dict:
-    """The table as JSON-able data; SQNR is None where nothing was lost, the output's error where it is not known."""
+def comparison_data(comparison: Comparison) -> dict[str, Any]:
+    """The table as JSON-able data. sqnr is None if nothing was lost, output_error if it is not known."""
     rows = [
         {
             "format": trial.format,
@@ -91,7 +86,7 @@ def comparison_data(comparison: Comparison) -> dict:
             "relative_rmse": error.relative_rmse,
             "bias": error.bias,
             "bias_by_chance": _chance(error),
-            "sqnr": error.sqnr if math.isfinite(error.sqnr) else None,
+            "sqnr": _finite(error.sqnr),
             "saturated": error.saturated,
             "flushed": error.flushed,
             "count": error.count,
@@ -103,33 +98,44 @@ def comparison_data(comparison: Comparison) -> dict:
     return {**{name: getattr(comparison, name) for name in choices}, "trials": rows}
 
 
-def report_data(report: Report) -> dict:
-    """The report with sizes and the error over all layers beside it, JSON-able."""
+def report_data(report: Report) -> dict[str, Any]:
+    """The report, with its sizes and the error over all layers, as JSON-able data. sqnr is None if nothing was lost."""
     total = report.error
-    derived = ("bias", "rmse", "relative_rmse", "sqnr")
-    error = {name: getattr(total, name) for name in (*derived, "saturated", "flushed", "count")} if total else None
-    if error and not math.isfinite(error["sqnr"]):
-        error["sqnr"] = None
+    error = None
+    if total is not None:
+        names = ("bias", "rmse", "relative_rmse", "sqnr", "saturated", "flushed", "count")
+        error = {name: getattr(total, name) for name in names} | {"sqnr": _finite(total.sqnr)}
     sizes = {"bytes_before": report.bytes_before, "bytes_after": report.bytes_after}
-    return {**sizes, "error": error, **asdict(report)}
+    kept = [_kept_data(tensor) for tensor in report.kept]
+    return {**sizes, "error": error, **asdict(report), "kept": kept}
 
 
-def describe_error(error: ErrorStatistics) -> tuple[str, ...]:
+def _kept_data(tensor: KeptTensor) -> dict[str, Any]:
+    """`reason` is the text; its parts stand beside it."""
+    reason = tensor.reason
+    parts = {"kind": reason.kind, "pattern": reason.pattern, "preset": reason.preset}
+    return {**asdict(tensor), "reason": reason.text, **parts}
+
+
+def _describe_error(error: ErrorStatistics | None) -> tuple[str, ...]:
+    if error is None:
+        return ()
+    count = error.count or 1
     return (
-        _quality(error),
-        f"bias {error.bias:+.1e}",
-        f"saturated {_share(error.saturated, error.count)}",
-        f"flushed {_share(error.flushed, error.count)}",
+        f"SQNR {display.decibels(error.sqnr)}",
+        f"bias {display.small(error.bias)}",
+        f"saturated {display.share(error.saturated / count)}",
+        f"flushed {display.share(error.flushed / count)}",
     )
 
 
 def _facts(report: Report) -> list[Sequence[str]]:
-    recipe, before, after = report.recipe, report.bytes_before, report.bytes_after
+    recipe = report.recipe
     return [
         ("family", report.family),
         ("recipe", f"{recipe.format}, {recipe.rounding}, {recipe.scaling}, seed {recipe.seed}, layout {recipe.layout}"),
-        ("layers", f"{number_of(len(report.layers), 'tensor')} quantized, {len(report.kept):,} kept"),
-        ("size", f"{describe_bytes(before)} -> {describe_bytes(after)} ({after / before - 1:+.0%})"),
+        ("layers", f"{display.count(len(report.layers), 'tensor')} quantized, {len(report.kept):,} kept"),
+        ("size", display.sizes(report.bytes_before, report.bytes_after)),
     ]
 
 
@@ -147,20 +153,16 @@ def _merged(comparison: Comparison) -> list[tuple[Trial, ErrorStatistics]]:
 
 
 def _chance(error: ErrorStatistics) -> float:
-    """How far from 0 the mean of errors of random sign lies."""
+    """Standard error of the mean if the signs of the errors were random."""
     return error.rmse / math.sqrt(error.count) if error.count else 0.0
 
 
-def _quality(error: ErrorStatistics) -> str:
-    return f"SQNR {error.sqnr:.2f} dB" if math.isfinite(error.sqnr) else "lossless"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.3g} %" if part else "0"
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines with the columns under each other. A last cell may be of any length."""
+    """Lines with aligned columns. The last cell of a row may be of any length."""
     rows = [tuple(row) for row in rows]
     columns = max(map(len, rows), default=0)
     widths = [max(len(row[i]) for row in rows if len(row) > i + 1 or len(row) == columns > i) for i in range(columns)]

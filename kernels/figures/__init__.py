@@ -1,6 +1,7 @@
-"""Reports as pictures: matplotlib Figures on the Agg canvas, the same pixels for the same report."""
+"""matplotlib figures of reports, comparisons, inspections and images. The same data gives the same pixels."""
 
 from .curve import rounding_curve
+from .findings import inspection_sheet
 from .histogram import error_histogram
 from .image_sheet import image_sheet
 from .layer_report import layer_report
@@ -12,6 +13,7 @@ __all__ = [
     "comparison_figure",
     "error_histogram",
     "image_sheet",
+    "inspection_sheet",
     "layer_report",
     "rounding_curve",
     "save_png",

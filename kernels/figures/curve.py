@@ -1,12 +1,12 @@
-"""Rounding Curve: the mathematics of a rounding as a picture, drawn by the real kernels."""
+"""Rounding Curve: what a rounding does to each value in a range, measured with the real kernels, beside theory."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..report.table import number_of
+from .. import display
 from ..studies.rounding_curve import RoundingCurve
 from .style import (
     BLUE,
@@ -14,10 +14,10 @@ from .style import (
     GREEN,
     INK,
     VERMILION,
+    add_panels,
     grid_area,
     house_style,
     new_figure,
-    percent,
     write_caption,
     write_inside,
     write_titles,
@@ -27,43 +27,42 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DOTS = {"s": 7, "linewidths": 0, "color": BLUE, "zorder": 3}
-THEORY = {"color": INK, "linewidth": 1, "zorder": 2}
+DOTS: dict[str, Any] = {"s": 7, "linewidths": 0, "color": BLUE, "zorder": 3}
+THEORY: dict[str, Any] = {"color": INK, "linewidth": 1, "zorder": 2}
 
 
 @house_style()
 def rounding_curve(curve: RoundingCurve, *, width: int = 1024, height: int = 768) -> Figure:
-    """Four panels over the value: the result, the chance of rounding up, the mean error, the variance."""
+    """Four panels over the value: result, probability of rounding up, bias and variance."""
     figure = new_figure(width, height, lowest=0.6)
-    area = grid_area(figure, left=0.8, right=0.35, top=1.15, bottom=1.45)
-    panels = figure.add_gridspec(2, 2, hspace=0.32, wspace=0.22, **area).subplots(sharex=True)
-    (result, up), (bias, variance) = panels
+    area = grid_area(figure, left=0.9, right=0.35, top=1.15, bottom=1.45)
+    result, up, bias, variance = add_panels(figure, 2, 2, area, sharex=True, hspace=0.32, wspace=0.22)
     draw_result(result, curve)
     draw_up(up, curve)
     draw_mean_error(bias, curve)
     draw_variance(variance, curve)
     for axes in (up, bias, variance):
         if np.isnan(curve.step).all():
-            write_inside(axes, "nothing lies between two FP8 values")
+            write_inside(axes, "no value lies between two FP8 values")
     for axes in (bias, variance):
-        axes.set(xlabel="value v, before rounding (FP8 units)", xlim=(curve.values[0], curve.values[-1]))
+        axes.set(xlabel="value v before rounding (FP8 units)", xlim=(curve.values[0], curve.values[-1]))
     write_titles(
         figure,
-        f"{curve.rounding}, to {curve.format}",
-        f"{number_of(curve.draws, 'draw')} of each of {len(curve.values)} values, without a scale; "
-        "xL and xH are the FP8 values around v",
+        f"{curve.rounding} rounding to {curve.format}",
+        f"{len(curve.values)} values, {display.count(curve.draws, 'draw')} per value, no scale. xL, xH: the FP8 values "
+        "below and above v.",
     )
     write_caption(figure, in_plain_words(curve), in_numbers(curve))
     return figure
 
 
 def draw_result(axes: Axes, curve: RoundingCurve) -> None:
-    """One draw, between the staircases of the two neighbours; the mean of all draws."""
+    """One draw and the mean of all draws, between the staircases of the two neighbours."""
     for neighbour in (curve.below, curve.above):
         axes.step(curve.values, neighbour, where="mid", color=FAINT, linewidth=0.7, zorder=1)
-    axes.plot(curve.values, curve.values, label="v itself", **THEORY)
+    axes.plot(curve.values, curve.values, label="v", **THEORY)
     axes.scatter(curve.values, curve.one_draw, label="one draw", **DOTS)
-    axes.plot(curve.values, curve.mean, color=VERMILION, linewidth=1.6, label="mean of the draws", zorder=4)
+    axes.plot(curve.values, curve.mean, color=VERMILION, linewidth=1.6, label="mean of all draws", zorder=4)
     axes.set(ylabel="value after rounding (FP8 units)")
     axes.set_title("Result: xL or xH")
     axes.legend(loc="upper left", handlelength=1.4, borderaxespad=0.2)
@@ -72,9 +71,9 @@ def draw_result(axes: Axes, curve: RoundingCurve) -> None:
 def draw_up(axes: Axes, curve: RoundingCurve) -> None:
     axes.plot(curve.values, _broken(curve, curve.fraction), **THEORY)
     axes.scatter(curve.values, curve.up, **DOTS)
-    axes.set(ylabel="share of draws that gave xH", ylim=(-0.05, 1.22), yticks=(0, 0.25, 0.5, 0.75, 1))
-    axes.set_title("Chance of rounding up")
-    write_inside(axes, "line: (v − xL) / (xH − xL), which makes the mean v", 0.02, 0.95, ha="left", color=INK)
+    axes.set(ylabel="share of draws rounded to xH", ylim=(-0.05, 1.22), yticks=(0, 0.25, 0.5, 0.75, 1))
+    axes.set_title("Probability of rounding up")
+    write_inside(axes, "line: (v − xL) / (xH − xL), unbiased", 0.02, 0.95, ha="left", color=INK)
 
 
 def draw_mean_error(axes: Axes, curve: RoundingCurve) -> None:
@@ -84,9 +83,9 @@ def draw_mean_error(axes: Axes, curve: RoundingCurve) -> None:
     error = mean_error(curve)
     axes.scatter(curve.values, error, **DOTS)
     reach = 1.35 * max(np.nanmax(np.abs(error), initial=0), np.nanmax(spread, initial=0)) or 1
-    axes.set(ylabel="mean of draws − v (steps)", ylim=(-reach, 1.15 * reach))
-    axes.set_title("Bias: error of the mean")
-    write_inside(axes, "band: ±2 standard errors of an unbiased draw", 0.02, 0.95, ha="left", color=INK)
+    axes.set(ylabel="mean − v (FP8 steps)", ylim=(-reach, 1.15 * reach))
+    axes.set_title("Bias: mean error")
+    write_inside(axes, "band: ±2 standard errors, if unbiased", 0.02, 0.95, ha="left", color=INK)
 
 
 def draw_variance(axes: Axes, curve: RoundingCurve) -> None:
@@ -94,40 +93,42 @@ def draw_variance(axes: Axes, curve: RoundingCurve) -> None:
     measured = curve.variance / curve.step**2
     axes.scatter(curve.values, measured, **DOTS)
     top = 1.25 * max(0.25, np.nanmax(measured, initial=0))
-    axes.set(ylabel="variance of the draws (steps²)", ylim=(-0.04 * top, top))
-    axes.set_title("Variance: the price")
-    write_inside(axes, "line: (xH − v)(v − xL), the least for an unbiased draw", 0.02, 0.95, ha="left", color=INK)
+    axes.set(ylabel="variance (FP8 steps²)", ylim=(-0.04 * top, top))
+    axes.set_title("Variance")
+    write_inside(axes, "line: (xH − v)(v − xL), the minimum if unbiased", 0.02, 0.95, ha="left", color=INK)
 
 
 def mean_error(curve: RoundingCurve) -> np.ndarray:
-    """Mean of the draws minus v, in steps; NaN on the grid and beyond the range."""
+    """Mean of the draws minus v, in FP8 steps; NaN on the grid and outside its range."""
     return (curve.mean - curve.values) / curve.step
 
 
 def in_plain_words(curve: RoundingCurve) -> str:
-    """Whether the draws are biased, judged by what chance alone would give, as one sentence."""
-    beyond = np.mean((curve.values < curve.below) | (curve.values > curve.above))
-    saturated = f" {percent(beyond)} of the values lie beyond the largest FP8 value and saturate." if beyond else ""
+    """Whether the mean of the draws differs from the value by more than chance, as one sentence."""
+    beyond = float(np.mean((curve.values < curve.below) | (curve.values > curve.above)))
+    saturated = f" {display.share(beyond)} of the values are outside the FP8 range and saturate." if beyond else ""
     measured, chance = _root_mean_square(mean_error(curve)), _chance(curve)
     if not np.isfinite(measured):
-        return f"No value of this range lies between two FP8 values: nothing is rounded.{saturated}"
+        return f"No value in this range lies between two FP8 values, so none is rounded.{saturated}"
     if measured < 1.5 * chance:
-        return f"The mean of many draws is the value itself: no bias, but scatter from draw to draw.{saturated}"
-    return f"A value always goes the same way: no scatter, but an error that averaging cannot remove.{saturated}"
+        return f"The mean of many draws is the value: no bias, but a single draw scatters.{saturated}"
+    return f"A value is always rounded the same way: no scatter, but a bias that averaging cannot remove.{saturated}"
 
 
 def in_numbers(curve: RoundingCurve) -> str:
+    """RMS of the bias and of the error of one draw; "" if nothing was rounded."""
     squared = curve.variance / curve.step**2 + mean_error(curve) ** 2
     if np.isnan(squared).all():
         return ""
     return (
-        f"RMS of the bias {_root_mean_square(mean_error(curve)):.2g} steps (chance alone: {_chance(curve):.2g}) · "
-        f"RMS error of one draw {_root_mean_square(np.sqrt(squared)):.3f} steps (theory: nearest 0.289, unbiased 0.408)"
+        f"RMS bias {display.number(_root_mean_square(mean_error(curve)))} steps (by chance: "
+        f"{display.number(_chance(curve))}) · RMS error of one draw "
+        f"{display.number(_root_mean_square(np.sqrt(squared)))} steps (theory: nearest 0.289, stochastic 0.408)"
     )
 
 
 def _chance(curve: RoundingCurve) -> float:
-    """RMS in steps that the mean of unbiased draws would have."""
+    """RMS error of the mean of unbiased draws, in FP8 steps."""
     return _root_mean_square(np.sqrt(curve.theory_variance / curve.draws) / curve.step)
 
 
@@ -137,7 +138,7 @@ def _root_mean_square(values: np.ndarray) -> float:
 
 
 def _broken(curve: RoundingCurve, heights: np.ndarray) -> np.ndarray:
-    """Heights with a gap wherever the values pass to the next step, so that no line joins two teeth."""
+    """The heights with NaN where the values enter the next FP8 step, so that no line joins two teeth."""
     starts = np.flatnonzero(np.diff(curve.below)) + 1
     heights = heights.copy()
     heights[starts] = np.nan

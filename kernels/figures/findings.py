@@ -1,10 +1,12 @@
-"""The findings about a file as a picture, the worst first."""
+"""Inspect FP8 Checkpoint: how each ComfyUI version reads a file, and the findings about it, worst first."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .. import display
 from ..selection.presets import PRESETS
 from ..state_dict.compatibility import DEGRADED, EXACT
 from ..state_dict.inspection import ERROR, NOTE, WARNING, Inspection
@@ -26,22 +28,26 @@ if TYPE_CHECKING:
 
 COLOURS = {ERROR: VERMILION, WARNING: ORANGE, NOTE: BLUE}
 MOST = 24
-"""Findings shown; the text output has all of them."""
-CHARACTERS = 114
+"""Findings shown. The text output has all of them."""
+LINE_CHARACTERS = 114
 LINE_INCHES, ENTRY_INCHES, TOP_INCHES = 0.185, 0.13, 1.0
 LEFT_INCHES = 1.65
+
+Entry = tuple[str, str, list[str]]
+"""Label, colour, and lines of text."""
 
 
 @house_style()
 def inspection_sheet(inspection: Inspection, *, width: int = 1024) -> Figure:
-    """What each ComfyUI version makes of the file, then the findings; as high as they need."""
+    """One entry per ComfyUI version, then one per finding. The height follows from the text."""
     entries = [*_verdict_entries(inspection), *_finding_entries(inspection)]
     lines = sum(len(text) for _, _, text in entries)
     inches = TOP_INCHES + lines * LINE_INCHES + (len(entries) + 1) * ENTRY_INCHES
     figure = new_figure(width, max(256, min(4096, round(width * inches / WIDTH_INCHES))), 0)
     formats = ", ".join(inspection.formats) or "no FP8"
-    title = f"{inspection.source}: {'sound' if inspection.ok else 'faulty'}"
-    write_titles(figure, title, f"{PRESETS[inspection.family].title}, {inspection.scaled} scaled layers, {formats}")
+    title = f"{inspection.source}: {'ok' if inspection.ok else 'problems found'}"
+    layers = display.count(inspection.scaled, "scaled layer")
+    write_titles(figure, title, f"{PRESETS[inspection.family].title}, {layers}, {formats}")
     height = figure.get_figheight()
     y = height - TOP_INCHES
     for label, colour, text in entries:
@@ -53,23 +59,23 @@ def inspection_sheet(inspection: Inspection, *, width: int = 1024) -> Figure:
     return figure
 
 
-def _verdict_entries(inspection: Inspection):
+def _verdict_entries(inspection: Inspection) -> Iterator[Entry]:
     for verdict in inspection.verdicts:
         colour = {EXACT: GREEN, DEGRADED: ORANGE}.get(verdict.outcome, VERMILION)
-        text = f"reads this layout: {verdict.outcome}{'; ' + verdict.text if verdict.text else ''}"
-        yield verdict.generation, colour, textwrap.wrap(text, CHARACTERS)
+        text = f"result: {verdict.outcome}{'; ' + verdict.text if verdict.text else ''}"
+        yield verdict.generation, colour, textwrap.wrap(text, LINE_CHARACTERS)
 
 
-def _finding_entries(inspection: Inspection):
+def _finding_entries(inspection: Inspection) -> Iterator[Entry]:
     for finding in inspection.findings[:MOST]:
         where = f"{finding.where}: " if finding.where else ""
         yield (
             finding.severity,
             COLOURS[finding.severity],
-            textwrap.wrap(f"{where}{finding.what}. {finding.repair}.", CHARACTERS),
+            textwrap.wrap(f"{where}{finding.what}. {finding.repair}.", LINE_CHARACTERS),
         )
     more = len(inspection.findings) - MOST
     if more > 0:
-        yield "", INK, [f"and {more} more findings"]
+        yield "", INK, [f"{display.count(more, 'more finding')}: see the text output"]
     if not inspection.findings:
-        yield "no faults", GREEN, ["every scaled layer has its scale and its entries"]
+        yield "no problems", GREEN, ["Every scaled layer has its scale and its entries."]

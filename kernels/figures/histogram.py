@@ -1,4 +1,4 @@
-"""Error Histogram: how far quantizing moved the values of a model or of one layer, beside what theory says."""
+"""FP8 Error Histogram: the quantization errors of a model or of single layers, beside theory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import display
 from ..numerics.error_statistics import (
     RELATIVE_OCTAVES,
     STEP_BIN_WIDTH,
@@ -20,8 +21,7 @@ from ..numerics.error_statistics import (
 from ..numerics.formats import FORMATS
 from ..numerics.rounding import ROUNDINGS
 from ..recipe import Recipe
-from ..report.report import LayerReport, Report
-from ..report.table import number_of
+from ..report.report import LayerReport, Report, with_statistics
 from .style import (
     BLUE,
     DARK_BLUE,
@@ -29,12 +29,10 @@ from .style import (
     INK,
     LIGHT_BLUE,
     VERMILION,
-    decibels,
+    add_panels,
     grid_area,
     house_style,
     new_figure,
-    percent,
-    signed,
     write_caption,
     write_inside,
     write_titles,
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
 SCATTER_POINTS = 6000
 DENSITY_BINS = 48
 THEORY_PEAK = 100 * 2 * STEP_BIN_WIDTH
-"""Per cent of the values in a bin where theory has most: a box and a triangle of one step's area are as high."""
+"""Percent of the values per bin at the peak of the theory, which is the same for nearest and stochastic rounding."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -55,28 +53,28 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def error_histogram(
     report: Report, layers: Sequence[LayerReport] | None = None, *, width: int = 1024, height: int = 480
 ) -> Figure:
-    """Three panels: error in grid steps, error against the largest value, values before and after.
+    """Three panels: error in FP8 steps, error relative to amax, values before and after.
 
-    layers: the layers of `report` to show together; all of them by default. Those without statistics are left out.
-    Raises ValueError if none has statistics.
+    layers: the layers of `report` to show together; default: all. Layers without statistics are left out.
+    Raises ValueError if no layer has statistics.
     """
-    chosen = [layer for layer in (report.layers if layers is None else layers) if layer.error is not None]
+    chosen = with_statistics(report.layers if layers is None else layers)
     if not chosen:
-        raise ValueError(f"the report on {report.source} holds no error statistics: quantize with statistics on")
-    error = merge(layer.error for layer in chosen)
+        raise ValueError(f"{report.source}: the report has no error statistics; quantize with statistics on")
+    error = merge(error for _, error in chosen)
     figure = new_figure(width, height, lowest=0.42)
     area = grid_area(figure, left=0.72, right=0.3, top=1.15, bottom=1.32)
-    steps, relative, scatter = figure.add_gridspec(1, 3, wspace=0.32, **area).subplots()
+    steps, relative, scatter = add_panels(figure, 1, 3, area, wspace=0.32)
     draw_steps(steps, error, report.recipe)
     draw_relative(relative, error, report.recipe)
-    draw_scatter(scatter, chosen, report.recipe)
-    write_titles(figure, _title(report, chosen), describe_recipe(report.recipe))
+    draw_scatter(scatter, [error for _, error in chosen], report.recipe)
+    write_titles(figure, _title(report, [layer for layer, _ in chosen]), describe_recipe(report.recipe))
     write_caption(figure, in_plain_words(error), in_numbers(error))
     return figure
 
 
 def draw_steps(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
-    """Share of values in each bin of the error in grid steps, under the law of the rounding."""
+    """Share of values per bin of the error in FP8 steps, and the distribution in theory."""
     shares, edges = _pair_bins(_shares(error.step_histogram, error.count), np.array(step_bin_edges()))
     axes.stairs(shares, edges, fill=True, color=BLUE, alpha=0.75)
     for outermost in (0, len(shares) - 1):
@@ -86,42 +84,42 @@ def draw_steps(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
         write_inside(axes, "line: theory", 0.03, 0.96, ha="left", color=INK)
     top = _room_for_all_but_spikes(shares)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, top), xticks=(-1, -0.5, 0, 0.5, 1))
-    axes.set(xlabel="error (steps of the FP8 grid)", ylabel="share of values in each bin (%)")
-    axes.set_title("How many steps")
+    axes.set(xlabel="error (steps of the FP8 grid)", ylabel="values per bin (%)")
+    axes.set_title("Error in FP8 steps")
     if shares[len(shares) // 2] > top:
-        label = f"{shares[len(shares) // 2]:.3g} % unmoved"
+        label = f"{display.share(shares[len(shares) // 2] / 100)} near 0"
         axes.annotate(label, (0, top), (0.09, 0.885 * top), color=FAINT, size=8.5, va="center")
     beyond = (shares[0] + shares[-1]) / 100
     if beyond:
-        write_inside(axes, f"beyond the\naxis: {percent(beyond)}", 0.98, 0.62, ha="right", color=VERMILION)
+        write_inside(axes, f"outside the\naxis: {display.share(beyond)}", 0.98, 0.62, ha="right", color=VERMILION)
 
 
 def draw_relative(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
-    """Share of values an octave of |error| / amax, on a log axis, with the rounding's largest error."""
+    """Share of values per octave of |error| / amax on a log axis, and the largest error that the rounding can make."""
     edges = np.array(relative_bin_edges())
     shares = _shares(error.relative_histogram, error.count) / np.diff(np.log2(edges))
-    limit = _largest_relative_error(recipe)
     first = edges[np.argmax(shares > 0)] if shares.any() else 1.0
     axes.set_xscale("log", base=2)
     axes.stairs(shares, edges, fill=True, color=BLUE, alpha=0.75)
-    axes.axvline(limit, color=INK, linewidth=1.2)
     axes.set(xlim=(min(first, 2.0**-16), 1), ylim=(0, max(1.25 * shares.max(), 1)))
     _label_octaves(axes)
-    axes.set(xlabel="|error| / largest value of its layer", ylabel="share of values (% an octave)")
-    axes.set_title("How large")
-    write_inside(axes, f"line: most that {recipe.rounding}\nmoves a normal value", 0.03, 0.92, ha="left", color=INK)
+    axes.set(xlabel="|error| / amax of the layer", ylabel="values per octave (%)")
+    axes.set_title("Error relative to amax")
+    if recipe.rounding in ROUNDINGS:
+        axes.axvline(_largest_relative_error(recipe), color=INK, linewidth=1.2)
+        write_inside(axes, "line: largest error\nof a normal value", 0.03, 0.92, ha="left", color=INK)
     if error.exact == error.count:
         write_inside(axes, "no errors", 0.4, 0.4)
     elif error.exact:
-        write_inside(axes, f"not shown: {percent(error.exact / error.count)}\nunchanged", 0.03, 0.76, ha="left")
+        write_inside(axes, f"not shown:\n{display.share(error.exact / error.count)} unchanged", 0.03, 0.76, ha="left")
 
 
-def draw_scatter(axes: Axes, layers: Sequence[LayerReport], recipe: Recipe) -> None:
-    """Sampled values after against before, darker where there are more, and the line of no change."""
+def draw_scatter(axes: Axes, errors: Sequence[ErrorStatistics], recipe: Recipe) -> None:
+    """Sampled values after quantization over those before, darker where dense, and the line of no change."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    pairs = sample_pairs(layers)
-    axes.set(xlabel="value before (model units)", ylabel="value after (model units)")
+    pairs = sample_pairs(errors)
+    axes.set(xlabel="original value", ylabel="dequantized value")
     axes.set_title("Before and after")
     if not len(pairs):
         write_inside(axes, "no values")
@@ -132,40 +130,43 @@ def draw_scatter(axes: Axes, layers: Sequence[LayerReport], recipe: Recipe) -> N
     colours = LinearSegmentedColormap.from_list("density", (LIGHT_BLUE, DARK_BLUE))
     level = np.log(density)
     area = min(max(4000 / len(pairs), 7), 30)
-    axes.scatter(*pairs.T, c=level, vmin=0, vmax=max(level.max(), 1), cmap=colours, s=area, linewidths=0, zorder=2)
-    saturated = pairs[_beyond_range(pairs[:, 0], recipe)]
-    if len(saturated):
-        axes.scatter(*saturated.T, color=VERMILION, s=area + 2, linewidths=0, zorder=3)
+    x, y = pairs.T
+    axes.scatter(x, y, c=level, vmin=0, vmax=max(level.max(), 1), cmap=colours, s=area, linewidths=0, zorder=2)
+    saturated = _beyond_range(x, recipe)
+    if saturated.any():
+        axes.scatter(x[saturated], y[saturated], color=VERMILION, s=area + 2, linewidths=0, zorder=3)
         write_inside(axes, "saturated", 0.97, 0.06, ha="right", color=VERMILION)
     axes.set(xlim=(-1.08 * largest, 1.08 * largest), ylim=(-1.08 * largest, 1.08 * largest))
     axes.locator_params(nbins=5)
     write_inside(axes, "line: no change", 0.03, 0.96, ha="left", color=INK)
 
 
-def sample_pairs(layers: Sequence[LayerReport]) -> np.ndarray:
-    """At most SCATTER_POINTS of the layers' (original, dequantized) samples, evenly spaced: float64 (n, 2)."""
-    pairs = [pair for layer in layers for pair in layer.error.samples]
+def sample_pairs(errors: Sequence[ErrorStatistics]) -> np.ndarray:
+    """At most SCATTER_POINTS of the (original, dequantized) samples, evenly spaced: float64 (n, 2)."""
+    pairs = [pair for error in errors for pair in error.samples]
     return np.array([pairs[i] for i in evenly_spaced(len(pairs), SCATTER_POINTS)], dtype=np.float64).reshape(-1, 2)
 
 
 def describe_recipe(recipe: Recipe) -> str:
+    """Format, rounding, scaling and seed on one line."""
     return f"{recipe.format} · {recipe.rounding} · scaling {recipe.scaling} · seed {recipe.seed}"
 
 
 def in_plain_words(error: ErrorStatistics) -> str:
-    """What happened to the values, as one sentence."""
+    """What quantization did to the values, in one to three sentences."""
     if not error.count:
         return "There are no values."
     if error.exact == error.count:
-        zeros = "All values are zero" if not error.sum_squared else "FP8 holds every value exactly"
+        zeros = "All values are zero" if not error.sum_squared else "FP8 represents every value exactly"
         return f"{zeros}: nothing was lost."
-    sentence = f"The error is {percent(error.relative_rmse)} of a typical value"
-    losses = []
+    sentences = [f"The error is {display.share(error.relative_rmse)} of a typical value."]
     if error.saturated:
-        losses.append(f"{percent(error.saturated / error.count)} of the values were too large for FP8 and were cut")
+        sentences.append(f"{display.share(error.saturated / error.count)} of the values were too large and saturated.")
     if error.flushed:
-        losses.append(f"{percent(error.flushed / error.count)} became zero")
-    return f"{sentence}; {' and '.join(losses) if losses else 'no value was cut off or became zero'}."
+        sentences.append(f"{display.share(error.flushed / error.count)} of the values became zero.")
+    if len(sentences) == 1:
+        sentences.append("No value saturated or became zero.")
+    return " ".join(sentences)
 
 
 def in_numbers(error: ErrorStatistics) -> str:
@@ -174,11 +175,11 @@ def in_numbers(error: ErrorStatistics) -> str:
     chance = error.rmse / math.sqrt(count)
     return " · ".join(
         (
-            f"bias {signed(error.bias)} (chance alone: ±{signed(chance)[1:]})" if error.rmse else "bias 0",
-            f"relative RMSE {percent(error.relative_rmse)}",
-            f"SQNR {decibels(error.sqnr)}",
-            f"saturated {percent(error.saturated / count)}",
-            f"flushed {percent(error.flushed / count)}",
+            f"bias {display.small(error.bias)} (by chance: ±{display.small(chance)})" if error.rmse else "bias 0",
+            f"relative RMSE {display.share(error.relative_rmse)}",
+            f"SQNR {display.decibels(error.sqnr)}",
+            f"saturated {display.share(error.saturated / count)}",
+            f"flushed {display.share(error.flushed / count)}",
         )
     )
 
@@ -186,8 +187,8 @@ def in_numbers(error: ErrorStatistics) -> str:
 def _title(report: Report, layers: Sequence[LayerReport]) -> str:
     if len(layers) == 1:
         return layers[0].key
-    which = "all" if len(layers) == len(report.layers) else f"{len(layers)} of"
-    return f"{report.source}: {which} {number_of(len(report.layers), 'layer')}"
+    which = "all" if len(layers) == len(report.layers) else f"{len(layers):,} of"
+    return f"{report.source}: {which} {display.count(len(report.layers), 'layer')}"
 
 
 def _shares(counts: Sequence[int], total: int) -> np.ndarray:
@@ -195,9 +196,9 @@ def _shares(counts: Sequence[int], total: int) -> np.ndarray:
 
 
 def _pair_bins(shares: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bins of twice the width, one still centred on 0, each with half of the fine bins beside it.
+    """Bins of twice the width, the middle one centred on 0. Each takes half of the fine bins on its edges.
 
-    Sources of 16 bits lie on a grid of 1/16 step or so, which would show as a comb in the finer bins.
+    16-bit sources lie on a grid of about 1/16 FP8 step, which would show as a comb in the fine bins.
     """
     halves = shares[1::2] / 2
     paired = shares[::2].copy()
@@ -207,27 +208,27 @@ def _pair_bins(shares: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _theory(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The law of the error in steps, as a polygon, if values lie evenly between their neighbours."""
+    """Distribution of the error in FP8 steps for values uniform between their neighbours, as a polygon."""
     if ROUNDINGS[recipe.rounding].stochastic:
         return (-1, 0, 1), (0, THEORY_PEAK, 0)
     return (-0.5, -0.5, 0.5, 0.5), (0, THEORY_PEAK, THEORY_PEAK, 0)
 
 
 def _largest_relative_error(recipe: Recipe) -> float:
-    """Of a normal value, unless it saturates: half a step for nearest, a whole one for any other rounding."""
+    """For normal values that do not saturate: half a step for nearest, a whole step for stochastic rounding."""
     step = 2.0 ** -FORMATS[recipe.format].mantissa_bits
     return step / 2 if recipe.rounding == "nearest" else step
 
 
 def _room_for_all_but_spikes(shares: np.ndarray) -> float:
-    """The top of the axis: spikes of unmoved and of saturated values may stick out of it, and are written."""
+    """Top of the axis. Spikes of exact values and of saturated values may exceed it; they are labelled."""
     middle = len(shares) // 2
     others = np.delete(shares, (0, middle, len(shares) - 1))
     return 1.3 * max(THEORY_PEAK, others.max())
 
 
 def _label_octaves(axes: Axes) -> None:
-    """Ticks at round powers of ten read better than powers of two."""
+    """Ticks at powers of ten, which read better than powers of two."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     lowest = axes.get_xlim()[0]
@@ -238,13 +239,13 @@ def _label_octaves(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _power_of_ten(x: float, _=None) -> str:
+def _power_of_ten(x: float, position: int | None = None) -> str:
     exponent = round(math.log10(x))
     return f"10{str(exponent).translate(SUPERSCRIPTS)}" if exponent else "1"
 
 
 def _with_density(pairs: np.ndarray, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """How many samples share each one's cell of a DENSITY_BINS grid, and the samples, sparse cells first."""
+    """Number of samples in the cell of each sample, on a grid of DENSITY_BINS², and the samples; sparse cells first."""
     cells = ((pairs / largest + 1) / 2 * (DENSITY_BINS - 1)).astype(int) @ (DENSITY_BINS, 1)
     density = np.bincount(cells)[cells]
     order = np.argsort(density, kind="stable")
@@ -252,5 +253,5 @@ def _with_density(pairs: np.ndarray, largest: float) -> tuple[np.ndarray, np.nda
 
 
 def _beyond_range(values: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Which values saturated: only without a scale do any."""
+    """Which values saturated. Only scaling "none" lets any."""
     return (np.abs(values) > FORMATS[recipe.format].max) & (recipe.scaling == "none")

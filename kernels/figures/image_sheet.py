@@ -1,4 +1,4 @@
-"""Compare Images (A/B): two pictures and their amplified difference side by side."""
+"""Compare Images (A/B): two images and their amplified difference side by side."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import display
 from .style import (
     MARGIN,
     RULE,
     WIDTH_INCHES,
     house_style,
     new_figure,
-    percent,
-    shorten_middle,
     write_caption,
     write_titles,
 )
@@ -22,10 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GAP, TOP, BOTTOM = 0.14, 1.05, 0.75
-SEEN = 8
+LARGE_DIFFERENCE = 8
+"""Levels of 255. Pixels that differ by more are counted."""
 NAME_CHARACTERS = 28
 TALLEST = 4
-"""Times as high as wide: a picture taller than this is refused, since its sheet would be all height."""
+"""Largest ratio of height to width. The sheet of a taller image would be too tall."""
 
 
 @house_style()
@@ -40,28 +40,28 @@ def image_sheet(
     which: str = "",
     width: int = 1536,
 ) -> Figure:
-    """A, B, and |A - B| times `amplify`, with the numbers below.
+    """A, B, and |A - B| times `amplify`, with numbers below.
 
-    a, b: float (H, W, 3) in 0..1, of one size. psnr in dB, infinite for equal pictures. ssim: 1 for equal ones.
-    names: what A and B are called. which: which of several sheets this is, for the title.
-    Raises ValueError for pictures of different sizes, or more than TALLEST times as high as wide.
+    a, b: float (H, W, 3) in 0..1, of the same size. psnr: dB, infinite for equal images. ssim: 1 for equal images.
+    names: titles of A and B. which: which of several sheets this is, for the title.
+    Raises ValueError for images of different sizes, or more than TALLEST times as high as wide.
     """
     if a.shape != b.shape:
-        raise ValueError(f"A is {describe_size(a)} and B {describe_size(b)}: compare images of one size")
+        raise ValueError(f"A is {describe_size(a)}, B is {describe_size(b)}; both must have the same size")
     rows, columns = a.shape[:2]
     if rows > TALLEST * columns:
-        raise ValueError(f"images of {describe_size(a)} are too tall for a sheet: crop them first")
+        raise ValueError(f"images of {describe_size(a)} are too tall; crop them to at most {TALLEST} times their width")
     panel = (WIDTH_INCHES - 2 * MARGIN - 2 * GAP) / 3
     inches = TOP + panel * rows / columns + BOTTOM
     figure = new_figure(width, round(width * inches / WIDTH_INCHES), lowest=0)
     difference = np.clip(np.abs(a - b) * amplify, 0, 1)
     panels = zip((a, b, difference), (*names, f"difference × {amplify}"), strict=True)
-    for i, (picture, name) in enumerate(panels):
+    for i, (image, name) in enumerate(panels):
         left = (MARGIN + i * (panel + GAP)) / WIDTH_INCHES
         axes = figure.add_axes((left, BOTTOM / inches, panel / WIDTH_INCHES, panel * rows / columns / inches))
-        axes.imshow(np.clip(picture, 0, 1), aspect="auto", vmin=0, vmax=1)
+        axes.imshow(np.clip(image, 0, 1), aspect="auto", vmin=0, vmax=1)
         axes.set(xticks=(), yticks=())
-        axes.set_title(shorten_middle(name, NAME_CHARACTERS))
+        axes.set_title(display.shorten_middle(name, NAME_CHARACTERS))
         axes.grid(False)
         for spine in axes.spines.values():
             spine.set(visible=True, color=RULE)
@@ -75,20 +75,20 @@ def describe_size(image: np.ndarray) -> str:
 
 
 def in_plain_words(a: np.ndarray, b: np.ndarray) -> str:
-    """How much of the picture changed, as one sentence. A level is one of 255."""
+    """How many pixels changed, by the largest difference of their channels, in levels of 255."""
     difference = 255 * np.abs(a - b).max(axis=-1)
     if not difference.any():
         return "The images are identical."
     return (
-        f"{percent(np.mean(difference > SEEN))} of the pixels differ by more than {SEEN} of 255 levels, which the eye "
-        f"begins to see; {percent(np.mean(difference < 1))} by less than one."
+        f"{display.share(float(np.mean(difference > LARGE_DIFFERENCE)))} of the pixels differ by more than "
+        f"{LARGE_DIFFERENCE} of 255 levels, {display.share(float(np.mean(difference < 1)))} by less than 1."
     )
 
 
 def in_numbers(a: np.ndarray, b: np.ndarray, psnr: float, ssim: float) -> str:
+    """PSNR, SSIM, and the mean and largest difference of a channel in levels of 255."""
     difference = 255 * np.abs(a - b)
-    level = "infinite" if np.isinf(psnr) else f"{psnr:.1f} dB"
     return (
-        f"PSNR {level} · SSIM {ssim:.4f} · mean difference {difference.mean():.2f} levels · "
+        f"PSNR {display.decibels(psnr)} · SSIM {ssim:.4f} · mean difference {difference.mean():.2f} levels · "
         f"largest {difference.max():.0f} levels"
     )

@@ -1,17 +1,19 @@
-"""Layer Report: where in the network quantization cost how much, and what it saved."""
+"""FP8 Layer Report: the quantization error of each layer along the network, and the sizes before and after."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..report.report import LayerReport, Report
-from ..report.table import KEPT, describe_bytes, describe_output_error, layer_kind, number_of, sizes_by_kind
+from .. import display
+from ..numerics.error_statistics import ErrorStatistics
+from ..report.report import LayerReport, Measured, Report, with_statistics
+from ..report.table import KEPT, describe_output_error, layer_kind, sizes_by_kind
 from .histogram import describe_recipe
 from .style import (
     BLUE,
@@ -27,12 +29,10 @@ from .style import (
     PURPLE,
     RULE,
     WIDTH_INCHES,
-    decibels,
+    add_panels,
     grid_area,
     house_style,
     new_figure,
-    percent,
-    shorten_middle,
     write_caption,
     write_inside,
     write_titles,
@@ -44,15 +44,17 @@ if TYPE_CHECKING:
 
 KIND_COLOURS = {"attention": BLUE, "MLP": ORANGE, "modulation": GREEN, "other": PURPLE, KEPT: "#b5bcc4"}
 ROOMY = 0.7
+"""Height over width from which the panel of output errors fits."""
 WORST = 5
 LEAST_RANGE = 3
-"""dB that the SQNR axis spans at least: layers that differ by less look alike, as they are."""
-STRIP_COLUMNS = 512
+"""Smallest range of the SQNR axis in dB, so that small differences look small."""
 LEAST_FACTOR = 10
-"""The same for the axis of output errors, as a factor."""
+"""Smallest range of the axis of output errors, as a factor."""
 LOG_STEPS = {30: (1, 2, 5), 600: (1, 3), math.inf: (1,)}
-"""Where that axis has ticks in each decade, by the factor that it spans less than."""
+"""Upper limit of the range of that axis, as a factor -> its ticks in each decade."""
+STRIP_COLUMNS = 512
 LEAST_SHARE = 1e-6
+"""The low end of the colour scale."""
 STRIP_COLOURS = ("#fbdcc8", "#d55e00", "#4a1d00")
 
 
@@ -60,32 +62,32 @@ STRIP_COLOURS = ("#fbdcc8", "#d55e00", "#4a1d00")
 def layer_report(report: Report, *, width: int = 1024, height: int = 768) -> Figure:
     """SQNR of each layer along the network, shares of saturated and flushed values, and sizes before and after.
 
-    Where layers were calibrated, the predicted errors of their outputs too, if the height is ROOMY times the width.
+    If layers were calibrated and the height is ROOMY times the width, the predicted output errors too.
     Raises ValueError if no layer has statistics.
     """
-    layers = in_order_of_depth(layer for layer in report.layers if layer.error is not None and layer.error.count)
+    layers = in_order_of_depth(entry for entry in with_statistics(report.layers) if entry[1].count)
     if not layers:
-        raise ValueError(f"the report on {report.source} holds no error statistics: quantize with statistics on")
-    worst = [layer for layer in report.worst(WORST) if math.isfinite(layer.error.sqnr)]
+        raise ValueError(f"{report.source}: the report has no error statistics; quantize with statistics on")
+    worst = [entry for entry in with_statistics(report.worst(WORST)) if math.isfinite(entry[1].sqnr)]
     figure = new_figure(width, height, lowest=0.6)
     area = grid_area(figure, left=0.95, right=3.35, top=1.1, bottom=2.75)
-    calibrated = any(layer.output_error for layer in layers)
+    calibrated = any(layer.output_error for layer, _ in layers)
     quality, *outputs, strip = _panels_along_depth(figure, area, calibrated and height >= ROOMY * width)
     draw_quality(quality, layers, worst)
     for axes in outputs:
-        draw_output_errors(axes, layers)
-    draw_losses(strip, layers)
-    sizes = figure.add_gridspec(1, 1, **_sizes_area(figure)).subplots()
+        draw_output_errors(axes, [layer for layer, _ in layers])
+    draw_losses(strip, [error for _, error in layers])
+    (sizes,) = add_panels(figure, 1, 1, _sizes_area(figure))
     draw_sizes(sizes, report)
     list_worst(figure, quality, worst)
     write_titles(figure, report.source, describe_recipe(report.recipe))
-    write_caption(figure, *filter(None, (summary(report, layers), output_summary(report), size_summary(report))))
+    write_caption(figure, *filter(None, (summary(layers), output_summary(report), size_summary(report))))
     return figure
 
 
 def _panels_along_depth(figure: Figure, area: dict[str, float], with_outputs: bool) -> Sequence[Axes]:
     if not with_outputs:
-        return figure.add_gridspec(2, 1, height_ratios=(5, 1), hspace=0.1, **area).subplots(sharex=True)
+        return add_panels(figure, 2, 1, area, sharex=True, height_ratios=(5, 1), hspace=0.1)
     gap = 0.45 / (figure.get_figheight() * (area["top"] - area["bottom"]))
     heights = (0.48 - gap / 2, gap, 0.36 - gap / 2, 0.04, 0.12)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, hspace=0, **area)
@@ -93,20 +95,24 @@ def _panels_along_depth(figure: Figure, area: dict[str, float], with_outputs: bo
     return first, *(figure.add_subplot(grid[row], sharex=first) for row in (2, 4))
 
 
-def in_order_of_depth(layers) -> list[LayerReport]:
-    """Layers by name, numbers in names by value: files list block 10 before block 2."""
-    return sorted(layers, key=lambda layer: [(text, int(n or -1)) for text, n in re.findall(r"(\D*)(\d*)", layer.key)])
+def in_order_of_depth(layers: Iterable[Measured]) -> list[Measured]:
+    """Sorted by name, with numbers by value: block 2 before block 10."""
+    return sorted(layers, key=lambda entry: _name_order(entry[0].key))
 
 
-def draw_quality(axes: Axes, layers: Sequence[LayerReport], worst: Sequence[LayerReport]) -> None:
-    """A dot a layer at its SQNR, in its kind's colour; lossless layers sit on the upper edge, as triangles."""
-    values = np.array([layer.error.sqnr for layer in layers])
+def _name_order(key: str) -> list[tuple[str, int]]:
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", key)]
+
+
+def draw_quality(axes: Axes, layers: Sequence[Measured], worst: Sequence[Measured]) -> None:
+    """One dot per layer at its SQNR, coloured by kind. Lossless layers are triangles at the upper edge."""
+    values = np.array([error.sqnr for _, error in layers])
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0, 40)
     middle, room = (low + high) / 2, max(high - low, LEAST_RANGE)
     low, high = middle - 0.85 * room, middle + 0.7 * room
     places = np.arange(1, len(layers) + 1)
-    kinds = np.array([layer_kind(layer.key) for layer in layers])
+    kinds = np.array([layer_kind(layer.key) for layer, _ in layers])
     for kind, colour in KIND_COLOURS.items():
         dots = (kinds == kind) & np.isfinite(values)
         if dots.any():
@@ -122,15 +128,15 @@ def draw_quality(axes: Axes, layers: Sequence[LayerReport], worst: Sequence[Laye
     axes.set(xlim=(0.5, len(layers) + 0.5), ylim=(low, high), ylabel="SQNR (dB)")
     if not len(finite):
         axes.set_yticks(())
-    axes.set_title("Signal over quantization noise, layer by layer")
+    axes.set_title("Signal-to-quantization-noise ratio (SQNR) of each layer")
     axes.tick_params(labelbottom=False, bottom=False)
     _number_worst(axes, layers, worst)
 
 
-def _number_worst(axes: Axes, layers: Sequence[LayerReport], worst: Sequence[LayerReport]) -> None:
-    """Numbers in a row on the lower edge, tied to the dots of the worst layers."""
-    places = {layer.key: place for place, layer in enumerate(layers, 1)}
-    ranked = sorted((places[layer.key], layer.error.sqnr, rank) for rank, layer in enumerate(worst, 1))
+def _number_worst(axes: Axes, layers: Sequence[Measured], worst: Sequence[Measured]) -> None:
+    """Numbers along the lower edge, with lines to the dots of the worst layers."""
+    places = {layer.key: place for place, (layer, _) in enumerate(layers, 1)}
+    ranked = sorted((places[layer.key], error.sqnr, rank) for rank, (layer, error) in enumerate(worst, 1))
     low, high = axes.get_ylim()
     row = low + 0.07 * (high - low)
     span = len(layers)
@@ -141,9 +147,9 @@ def _number_worst(axes: Axes, layers: Sequence[LayerReport], worst: Sequence[Lay
 
 
 def spread(places: Sequence[float], layers: int) -> list[float]:
-    """Ascending places on an axis from 0.5 to layers + 0.5, moved apart so that the numbers there do not overlap."""
+    """Ascending places on an axis from 0.5 to layers + 0.5, moved apart so that labels there do not overlap."""
     gap = layers * 0.045
-    spots = []
+    spots: list[float] = []
     for place in places:
         spots.append(max(place, spots[-1] + gap) if spots else place)
     limit = layers + 0.5 - gap / 2
@@ -153,24 +159,24 @@ def spread(places: Sequence[float], layers: int) -> list[float]:
     return spots
 
 
-def list_worst(figure: Figure, beside: Axes, worst: Sequence[LayerReport]) -> None:
-    """The names of the numbered layers, in the column on the right."""
+def list_worst(figure: Figure, beside: Axes, worst: Sequence[Measured]) -> None:
+    """The names of the numbered layers, to the right of a panel."""
     box = beside.get_position()
     left, line = box.x1 + 0.25 / WIDTH_INCHES, 1 / figure.get_figheight()
     top = box.y1 + 0.08 * line
     figure.text(left, top, "Lowest SQNR" if worst else "Nothing was lost", weight="bold", size=10.5, va="bottom")
-    for rank, layer in enumerate(worst, 1):
+    for rank, (layer, error) in enumerate(worst, 1):
         y = top - (0.42 * rank - 0.3) * line
         figure.text(left, y, f"{rank}", weight="bold", size=9, va="top")
-        figure.text(left + 0.02, y, f"{decibels(layer.error.sqnr)}, {layer_kind(layer.key)}", size=9, va="top")
-        name = shorten_middle(layer.key.removesuffix(".weight"), 38)
+        figure.text(left + 0.02, y, f"{display.decibels(error.sqnr)}, {layer_kind(layer.key)}", size=9, va="top")
+        name = display.shorten_middle(layer.key.removesuffix(".weight"), 38)
         figure.text(left + 0.02, y - 0.17 * line, name, size=8, color=FAINT, va="top")
 
 
 def draw_output_errors(axes: Axes, layers: Sequence[LayerReport]) -> None:
-    """Two dots a calibrated layer on a log axis, tied: what nearest would do to its output, and what was done.
+    """Two connected dots per calibrated layer on a log axis: its output error with nearest, and with calibrated.
 
-    Errors of 0 lie on the lower edge, as triangles.
+    Errors of 0 are triangles at the lower edge.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -192,42 +198,41 @@ def draw_output_errors(axes: Axes, layers: Sequence[LayerReport]) -> None:
             axes.scatter(places[~lossy], [edge] * (~lossy).sum(), s=26, color=colour, marker="v")
     if not below.all():
         write_inside(axes, f"▼ no error: {(below == 0).sum()}", 0.01, 0.14, ha="left")
-    axes.set(yscale="log", ylim=(low, high), ylabel="% of the output")
+    axes.set(yscale="log", ylim=(low, high), ylabel="error (% of output)")
     steps = next(steps for widest, steps in LOG_STEPS.items() if high / low < widest)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_title("Error of a layer's output, predicted")
+    axes.set_title("Predicted error of each layer's output")
     axes.tick_params(labelbottom=False, bottom=False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1, handletextpad=0.2)
 
 
 def _log_range(values: np.ndarray) -> tuple[float, float]:
-    """Limits around the values above 0, at least a LEAST_FACTOR apart."""
+    """Axis limits around the values above 0, at least LEAST_FACTOR apart."""
     lossy = values[values > 0]
     low, high = (lossy.min(), lossy.max()) if len(lossy) else (0.1, 1)
     middle, reach = math.sqrt(high * low), 1.4 * math.sqrt(max(high / low, LEAST_FACTOR))
     return middle / reach, middle * reach
 
 
-def draw_losses(axes: Axes, layers: Sequence[LayerReport]) -> None:
-    """A strip of two rows: the shares of flushed and of saturated values, layer by layer, on a log colour scale."""
+def draw_losses(axes: Axes, errors: Sequence[ErrorStatistics]) -> None:
+    """Two rows of cells: the shares of flushed and of saturated values of each layer, on a log colour scale."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.ticker import MaxNLocator
 
-    shares = np.array([(layer.error.flushed, layer.error.saturated) for layer in layers], dtype=np.float64)
-    shares = pool(shares / [[layer.error.count] for layer in layers])
-    edges = np.linspace(0.5, len(layers) + 0.5, len(shares) + 1)
+    shares = pool(np.array([(error.flushed / error.count, error.saturated / error.count) for error in errors]))
+    edges = np.linspace(0.5, len(errors) + 0.5, len(shares) + 1)
     colours = LinearSegmentedColormap.from_list("losses", STRIP_COLOURS).with_extremes(bad=PANEL)
     drawn = np.ma.masked_equal(shares.T, 0)
     mesh = axes.pcolormesh(edges, (0, 1, 2), drawn, cmap=colours, norm=LogNorm(LEAST_SHARE, 1, clip=True))
     axes.axhline(1, color=PAPER, linewidth=2)
     axes.grid(False)
-    axes.set(yticks=(0.5, 1.5), yticklabels=("flushed", "saturated"), xlabel="layers in the order of their names")
+    axes.set(yticks=(0.5, 1.5), yticklabels=("flushed", "saturated"), xlabel="layers, sorted by name")
     axes.tick_params(left=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     if not shares.any():
-        write_inside(axes, "no value was flushed to zero or saturated")
+        write_inside(axes, "no value saturated or was flushed to zero")
         return
     scale = axes.inset_axes((1.06, 0.45, 0.36, 0.25))
     bar = axes.figure.colorbar(mesh, cax=scale, orientation="horizontal", ticks=(1e-6, 1e-4, 1e-2, 1))
@@ -238,7 +243,7 @@ def draw_losses(axes: Axes, layers: Sequence[LayerReport]) -> None:
 
 
 def pool(shares: np.ndarray) -> np.ndarray:
-    """At most STRIP_COLUMNS rows, each the largest of neighbours, so that no layer's loss vanishes between pixels."""
+    """At most STRIP_COLUMNS rows, each the maximum of neighbours, so that no layer vanishes between pixels."""
     if len(shares) <= STRIP_COLUMNS:
         return shares
     starts = np.arange(STRIP_COLUMNS) * len(shares) // STRIP_COLUMNS
@@ -246,7 +251,7 @@ def pool(shares: np.ndarray) -> np.ndarray:
 
 
 def draw_sizes(axes: Axes, report: Report) -> None:
-    """Two stacked bars, before and after, a segment for each kind of layer and one for what was kept."""
+    """Two stacked bars, before and after, with one segment per kind of layer and one for the kept tensors."""
     sizes = sizes_by_kind(report)
     total = max(report.bytes_before, report.bytes_after) or 1
     for row in (0, 1):
@@ -257,9 +262,9 @@ def draw_sizes(axes: Axes, report: Report) -> None:
             axes.barh(row, size, left=start, color=colour, height=0.72, edgecolor=PAPER, linewidth=1, label=label)
             if size > 0.07 * total:
                 ink = INK if kind in ("MLP", "other", KEPT) else PAPER
-                axes.text(start + size / 2, row, describe_bytes(size), ha="center", va="center", size=8.5, color=ink)
+                axes.text(start + size / 2, row, display.bytes(size), ha="center", va="center", size=8.5, color=ink)
             start += size
-        axes.text(start + 0.008 * total, row, describe_bytes(start), va="center", size=9.5, weight="bold")
+        axes.text(start + 0.008 * total, row, display.bytes(start), va="center", size=9.5, weight="bold")
     axes.set(xlim=(0, 1.1 * total), ylim=(1.5, -0.5), yticks=(0, 1), yticklabels=("before", "after"), xticks=())
     axes.set_title("Size")
     axes.grid(False)
@@ -271,34 +276,34 @@ def draw_sizes(axes: Axes, report: Report) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, borderaxespad=0.1, handlelength=1, columnspacing=1.2)
 
 
-def summary(report: Report, layers: Sequence[LayerReport]) -> str:
-    """What happened to the layers, as one sentence."""
-    levels = [layer.error.sqnr for layer in layers]
-    worst = report.worst(1)[0]
-    if math.isinf(worst.error.sqnr):
+def summary(layers: Sequence[Measured]) -> str:
+    """The median and the lowest SQNR, and the shares of saturated and flushed values."""
+    levels = [error.sqnr for _, error in layers]
+    lowest = min(levels)
+    if math.isinf(lowest):
         return "No layer lost anything."
-    count = sum(layer.error.count for layer in layers)
-    saturated = sum(layer.error.saturated for layer in layers) / count
-    flushed = sum(layer.error.flushed for layer in layers) / count
-    name = shorten_middle(worst.key.removesuffix(".weight"), 60)
+    count = sum(error.count for _, error in layers)
+    saturated = sum(error.saturated for _, error in layers) / count
+    flushed = sum(error.flushed for _, error in layers) / count
+    worst = min(layer.key for layer, error in layers if error.sqnr == lowest)
+    name = display.shorten_middle(worst.removesuffix(".weight"), 60)
     return (
-        f"SQNR: median {decibels(median(levels))}, lowest {decibels(worst.error.sqnr)} in {name}; "
-        f"{percent(saturated)} of all values saturated, {percent(flushed)} became zero."
+        f"SQNR: median {display.decibels(median(levels))}, lowest {display.decibels(lowest)} in {name}. "
+        f"{display.share(saturated)} of all values saturated, {display.share(flushed)} became zero."
     )
 
 
 def output_summary(report: Report) -> str:
-    """What calibrated rounding is predicted to do; "" without it."""
+    """The predicted output errors; "" if no layer was calibrated."""
     text = describe_output_error(report)
-    return f"Error of the layers' outputs: {text}." if text else ""
+    return f"Output error: {text}." if text else ""
 
 
 def size_summary(report: Report) -> str:
-    before, after = report.bytes_before, report.bytes_after
-    saved = f" ({percent(1 - after / before)} less)" if before > after else ""
+    """Numbers of quantized and kept tensors, and the sizes before and after."""
     return (
-        f"{number_of(len(report.layers), 'weight')} in FP8, {number_of(len(report.kept), 'tensor')} kept: "
-        f"{describe_bytes(before)} became {describe_bytes(after)}{saved}."
+        f"{display.count(len(report.layers), 'layer')} in FP8, {display.count(len(report.kept), 'tensor')} kept: "
+        f"{display.sizes(report.bytes_before, report.bytes_after)}."
     )
 
 

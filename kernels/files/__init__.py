@@ -1,1 +1,1 @@
-"""Safetensors files: read, validated and written atomically. Knows nothing about FP8."""
+"""Safetensors files: reading, validation and atomic writing. Nothing here knows about FP8."""

@@ -1,30 +1,33 @@
-"""A file that appears whole or not at all, whatever ends the job: an error, a cancel, a signal, a power cut."""
+"""Atomic file writing: the file appears complete or not at all, whatever ends the job (error, signal, power cut)."""
 
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import signal
+import string
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from types import FrameType
 
-try:
+if sys.platform != "win32":  # on Windows an open file cannot be deleted, which serves as its lock
     import fcntl
-except ImportError:  # Windows: there an open file cannot be deleted, which is the lock
-    fcntl = None
+
+RANDOM_BYTES = 8
 
 
 @contextmanager
-def replacing(target: Path, size: int) -> Iterator[BinaryIO]:
-    """A new unbuffered file for `size` bytes, which takes `target`'s place when the block ends well.
+def replacing(target: Path, size: int) -> Iterator[FileIO]:
+    """A new unbuffered file for `size` bytes that replaces `target` when the block ends without an exception.
 
-    It is written beside the target as `<name>.tmp-<random>`. When the block raises, it is deleted and the target is as
-    it was. What killed jobs for the same target left behind is removed first; a living job's file is locked and stays.
+    The file is written beside the target as `<name>.tmp-<random>`. If the block raises, the file is deleted and the
+    target stays as it was. Temporary files left by killed jobs for this target are removed first; those of running jobs
+    are locked and stay.
     Raises OSError: no space, no permission, no such folder, target locked (Windows).
     """
     remove_stale(target)
@@ -45,46 +48,50 @@ def replacing(target: Path, size: int) -> Iterator[BinaryIO]:
 
 
 def remove_stale(target: Path) -> None:
-    """Delete the temporary files of dead jobs for this target."""
-    name = re.compile(re.escape(target.name) + r"\.tmp-[0-9a-f]{16}")
+    """Delete temporary files that killed jobs for this target left behind."""
     for path in target.parent.iterdir():
-        if name.fullmatch(path.name):
+        if _is_temporary(path.name, target.name):
             with suppress(OSError), open(path, "rb") as file:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                else:
+                if sys.platform == "win32":
                     file.close()
+                else:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
 
+def _is_temporary(name: str, target: str) -> bool:
+    random = name.removeprefix(f"{target}.tmp-")
+    return random != name and len(random) == 2 * RANDOM_BYTES and set(random) <= set(string.hexdigits.lower())
+
+
 def check_free_space(target: Path, size: int) -> None:
-    """Raises OSError if the target's disk has less than `size` bytes left."""
+    """Raises OSError if the target's disk has fewer than `size` bytes free."""
     free = shutil.disk_usage(target.parent).free
     if free < size:
         raise OSError(f"{size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free: free some space first")
 
 
-def _create_locked(target: Path) -> tuple[BinaryIO, Path]:
+def _create_locked(target: Path) -> tuple[FileIO, Path]:
     while True:
-        temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(8)}")
+        temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(RANDOM_BYTES)}")
         file = open(temporary, "x+b", buffering=0)
-        if fcntl:
-            with suppress(OSError):  # some network drives have no locks; then nobody takes this file for stale either
+        if sys.platform != "win32":
+            with suppress(OSError):  # some network drives have no locks; remove_stale then fails to lock it, too
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if temporary.exists():  # another job's clean-up may have come between creating and locking
+        if temporary.exists():  # another job's remove_stale can delete it before it is locked
             return file, temporary
         file.close()
 
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Turn a SIGTERM that would kill the process on the spot into SystemExit, so that clean-up runs."""
+    """Turn a SIGTERM that would kill the process at once into SystemExit, so that clean-up runs."""
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if not ours:
         yield
         return
 
-    def terminate(number, frame):
+    def terminate(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, terminate)

@@ -1,23 +1,25 @@
-"""Work that goes on beside other work."""
+"""A worker thread for one task at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
 
 
 class Background:
-    """One task at a time in a thread of its own; what it raises comes out of the next call.
+    """Runs one task at a time in a thread of its own. An exception of a task is raised by the next call.
 
-    A context manager, which ends after the last task.
+    A context manager, which waits for the last task.
     """
 
     def __init__(self, name: str):
         self._pool = ThreadPoolExecutor(1, name)
-        self._task: Future | None = None
+        self._task: Future[Any] | None = None
 
-    def run(self, function: Callable, *arguments, here: bool = False) -> None:
-        """Begin a task as soon as the one before has ended. here: in this thread, for a task too small to hand over."""
+    def run(self, function: Callable[..., Any], *arguments: Any, here: bool = False) -> None:
+        """Wait for the previous task, then start this one. here: run it in the calling thread, for a short task."""
         self.wait()
         if here:
             function(*arguments)
@@ -25,7 +27,7 @@ class Background:
             self._task = self._pool.submit(function, *arguments)
 
     def wait(self) -> None:
-        """Until there is no task under way."""
+        """Wait for the running task, if any."""
         task, self._task = self._task, None
         if task:
             task.result()
@@ -33,7 +35,9 @@ class Background:
     def __enter__(self) -> Background:
         return self
 
-    def __exit__(self, exception_type, *exception) -> None:
+    def __exit__(
+        self, exception_type: type[BaseException] | None, exception: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if exception_type is None:
                 self.wait()

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read with every claim checked, written byte for byte as the library would.
+"""The header of a safetensors file: parsed and validated, or written as the safetensors library writes it.
 
 Format: https://github.com/huggingface/safetensors#format. Eight bytes of length, JSON, then the tensors' bytes.
 """
@@ -10,14 +10,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
 MAX_HEADER = 100_000_000
-"""Bytes; the library's own limit."""
+"""Bytes. The limit of the safetensors library."""
 MAX_TENSORS = 1_000_000
 MAX_ENTRY = 4096
-"""Characters of one tensor's entry."""
+"""Characters of one tensor's entry in the header."""
 
 DTYPES = {
     "BOOL": ("bool", 8),
@@ -43,7 +44,7 @@ DTYPES = {
     "I64": ("int64", 64),
     "U64": ("uint64", 64),
 }
-"""A dtype's code in a file -> its name (torch's, where torch has it) and bits, in the library's order."""
+"""Code of a dtype in a file -> its name (that of torch, if torch has it) and bits, in the library's order."""
 
 _CODES = {name: code for code, (name, _) in DTYPES.items()}
 _BITS = dict(DTYPES.values())
@@ -53,9 +54,9 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _decode_json = json.JSONDecoder().raw_decode
 
 
-def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """For json.loads(object_pairs_hook=...). Raises ValueError where a name occurs twice."""
-    result = {}
+def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """For json.loads(object_pairs_hook=...). Raises ValueError if a name occurs twice."""
+    result: dict[str, object] = {}
     for name, value in pairs:
         if name in result:
             raise ValueError(f"{name!r} occurs twice")
@@ -68,7 +69,7 @@ _decode_object = json.JSONDecoder(object_pairs_hook=without_duplicates).decode
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a tensor is without its values. `dtype` is torch's name without `torch.`, e.g. "bfloat16"."""
+    """Dtype and shape of a tensor. `dtype` is torch's name without `torch.`, e.g. "bfloat16"."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -87,11 +88,11 @@ class TensorInfo:
 
 
 def parse_header(data: bytes) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
-    """The tensors with the offsets of their bytes behind the header, and the metadata, of a header's JSON.
+    """The tensors, with the offsets of their bytes after the header, and the metadata, from a header's JSON.
 
-    Entry by entry and not with one json.loads, under which 100 MB of brackets would become gigabytes of lists.
-    Raises ValueError: not the JSON of a header, unknown dtype, a size that is not shape × dtype, duplicates, and
-    tensors that overlap or leave a hole.
+    The JSON is decoded entry by entry: json.loads would turn 100 MB of brackets into gigabytes of lists.
+    Raises ValueError: not the JSON of a header, an unknown dtype, a size that is not shape × dtype, duplicates, tensors
+    that overlap or leave gaps.
     """
     scanner = _Scanner(data.decode())
     tensors: dict[str, tuple[TensorInfo, int]] = {}
@@ -109,13 +110,13 @@ def parse_header(data: bytes) -> tuple[dict[str, tuple[TensorInfo, int]], dict[s
 
 
 def format_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the data, length included, and each tensor's offset from the start of the file, in file order.
+    """The bytes before the data, with the length, and each tensor's offset from the start of the file, in file order.
 
-    Larger dtypes first, then names, so that each tensor is aligned: the order in which the library writes. Metadata,
-    which the library writes in no fixed order, is sorted.
+    The order is that of the library: larger dtypes first, then by name, so that every tensor is aligned. Metadata is
+    sorted; the library writes it in no fixed order. Raises ValueError: the header is larger than MAX_HEADER.
     """
     order = sorted(tensors, key=lambda key: (-_RANK[tensors[key].dtype], key))
-    header: dict = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offsets = {}
     end = 0
     for key in order:
@@ -125,20 +126,20 @@ def format_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise ValueError(f"the header would have {len(text):,} bytes, and no program reads more than {MAX_HEADER:,}")
+        raise ValueError(f"the header has {len(text):,} bytes; programs read at most {MAX_HEADER:,}")
     start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {key: start + offset for key, offset in offsets.items()}
 
 
 class _Scanner:
-    """Walks through a JSON text whose shape is known, and never builds more than it is asked for."""
+    """Reads a JSON text of known structure, and decodes only the values that are requested."""
 
     def __init__(self, text: str):
         self.text = text
         self.at = 0
 
     def keys(self) -> Iterator[str]:
-        """The keys of the object that starts here; the caller takes each value before it asks for the next key."""
+        """The keys of the object that starts here. The caller reads each value before it asks for the next key."""
         seen: set[str] = set()
         self._take("{")
         if self._next() == "}":
@@ -159,24 +160,26 @@ class _Scanner:
     def string(self) -> str:
         if self._next() != '"':
             raise ValueError(f"there is no string at character {self.at}")
+        value: str
         value, self.at = _decode_json(self.text, self.at)
-        value.encode()  # refuses half a surrogate pair, which no file can hold
+        value.encode()  # raises for half a surrogate pair, which cannot be encoded in a file
         return value
 
-    def flat_object(self) -> dict:
-        """The object that starts here and holds no other object."""
+    def flat_object(self) -> object:
+        """The object that starts here and contains no other object."""
         self._next()
         end = self.text.find("}", self.at, self.at + MAX_ENTRY) + 1
-        value = _decode_object(self.text[self.at : end])
+        value: object = _decode_object(self.text[self.at : end])
         self.at = end
         return value
 
     def end(self) -> None:
         if self._next():
-            raise ValueError(f"something follows its end at character {self.at}")
+            raise ValueError(f"there is more text after its end, at character {self.at}")
 
     def _next(self) -> str:
-        self.at = _SPACE.match(self.text, self.at).end()
+        space = _SPACE.match(self.text, self.at)
+        self.at = space.end() if space else self.at
         return self.text[self.at : self.at + 1]
 
     def _take(self, character: str) -> None:
@@ -190,31 +193,30 @@ def _parse_entry(key: str, entry: object) -> tuple[TensorInfo, int]:
         raise ValueError(f"tensor {key!r} lacks its dtype, shape or data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"tensor {key!r} has the unknown dtype {code!r}; known are {', '.join(DTYPES)}")
+        raise ValueError(f"tensor {key!r} has the unknown dtype {code!r}; known dtypes: {', '.join(DTYPES)}")
     if not _natural_numbers(shape) or len(shape) > 64:
-        raise ValueError(f"tensor {key!r} has the impossible shape {shape!r}")
+        raise ValueError(f"tensor {key!r} has the invalid shape {shape!r}")
     if not _natural_numbers(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {key!r} has the impossible data_offsets {offsets!r}")
+        raise ValueError(f"tensor {key!r} has the invalid data_offsets {offsets!r}")
     name, bits = DTYPES[code]
     info = TensorInfo(name, tuple(shape))
     if info.elements * bits != 8 * (offsets[1] - offsets[0]):
         raise ValueError(
-            f"tensor {key!r} of shape {shape} and dtype {code} cannot have the {offsets[1] - offsets[0]:,} bytes "
-            f"that data_offsets give it"
+            f"tensor {key!r} has shape {shape} and dtype {code}, but {offsets[1] - offsets[0]:,} bytes by data_offsets"
         )
     return info, offsets[0]
 
 
-def _natural_numbers(values: object) -> bool:
+def _natural_numbers(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _check_offsets(tensors: dict[str, tuple[TensorInfo, int]]) -> None:
-    """The library refuses holes as well as overlaps."""
-    end, last = 0, None
+    """Raises ValueError for overlaps and gaps, as the library does."""
+    end, last = 0, ""
     for key, (info, start) in sorted(tensors.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
         if start < end:
             raise ValueError(f"tensors {last!r} and {key!r} overlap")
         if start > end:
-            raise ValueError(f"no tensor owns the {start - end:,} bytes before {key!r}")
+            raise ValueError(f"there is a gap of {start - end:,} bytes before tensor {key!r}")
         end, last = start + info.nbytes, key

@@ -1,6 +1,6 @@
-"""Reads safetensors files tensor by tensor.
+"""Reads safetensors files, one tensor at a time.
 
-Nothing is memory-mapped: mapped pages count as resident memory, and a file that shrinks would crash the process.
+Files are not memory-mapped: mapped pages count as resident memory, and a file that shrinks would crash the process.
 """
 
 from __future__ import annotations
@@ -19,34 +19,37 @@ from ..errors import CheckpointError, file_error
 from .header import MAX_HEADER, TensorInfo, parse_header, without_duplicates
 
 COPY_CHUNK = 1 << 23
-"""Bytes of a tensor in memory at once while it is copied from file to file."""
+"""Bytes in memory while a tensor is copied from file to file."""
 
 _NOT_SAFETENSORS = {
     b"PK\x03\x04": "is a PyTorch pickle; pickles can run code and are never opened: convert it to safetensors first",
     b"\x80": "is a Python pickle; pickles can run code and are never opened: convert it to safetensors first",
     b"GGUF": "is a GGUF file: start from the 16-bit safetensors file of this model",
-    b"version https://git-lfs": "is a Git LFS pointer and not the model: download the model itself",
-    b"<": "is a web page, probably of a failed download: download the model again",
+    b"version https://git-lfs": "is a Git LFS pointer, not the model: download the model itself",
+    b"<": "is a web page, probably from a failed download: download the model again",
 }
+"""First bytes of a file that is not safetensors -> what it is, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor(TensorInfo):
-    """A tensor and where its bytes lie: `offset` from the start of `file`."""
+    """A tensor in a file. Its bytes begin at `offset` from the start of `file`."""
 
     offset: int
     file: _File
 
 
 class _File:
-    """One open file; reads are safe from several threads."""
+    """One open file. Several threads can read it at the same time."""
 
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.Lock()
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe could wait for ever
-                raise file_error(path, "is no file; give a .safetensors file, or the .safetensors.index.json of a set")
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe could wait forever
+                raise file_error(
+                    path, "is not a regular file; give a .safetensors file, or the .safetensors.index.json of a set"
+                )
             self._file = open(path, "rb", buffering=0)
         except OSError as error:
             raise file_error(path, f"cannot be opened: {error.strerror or error}") from error
@@ -60,7 +63,7 @@ class _File:
                 while done < len(buffer):
                     count = self._file.readinto(buffer[done:])
                     if not count:
-                        raise file_error(self.path, "became shorter while it was read; try again when it is complete")
+                        raise file_error(self.path, "shrank while it was read; try again when it is complete")
                     done += count
         except OSError as error:
             raise file_error(self.path, f"cannot be read: {error.strerror or error}") from error
@@ -75,7 +78,7 @@ class _File:
 
 
 class Source:
-    """An open checkpoint: one safetensors file, or several that an index joins. A context manager."""
+    """An open checkpoint: one safetensors file, or the files of an index. A context manager."""
 
     def __init__(self, path: Path, files: list[_File], tensors: dict[str, StoredTensor], metadata: dict[str, str]):
         self.path = path
@@ -89,10 +92,10 @@ class Source:
         return self.path.name
 
     def read(self, key: str, scratch: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor, in memory of its own, or in that of `scratch` (uint8, 1-D, at least as long).
+        """The tensor, in new memory or in `scratch` (uint8, 1-D, at least `nbytes` long).
 
-        Reading into used memory is four times as fast as into fresh pages.
-        Raises CheckpointError: I/O, or a dtype that this torch lacks.
+        Reading into memory in use is four times as fast as into new pages.
+        Raises CheckpointError: the file cannot be read, or this version of torch lacks the dtype.
         """
         tensor = self.tensors[key]
         dtype = getattr(torch, tensor.dtype, None)
@@ -101,16 +104,16 @@ class Source:
                 self.path, f"tensor {key!r} has dtype {tensor.dtype}, which torch {torch.__version__} lacks"
             )
         data = torch.empty(tensor.nbytes, dtype=torch.uint8) if scratch is None else scratch[: tensor.nbytes]
-        tensor.file.read_into(memoryview(data.numpy()), tensor.offset)
+        tensor.file.read_into(data.numpy().data, tensor.offset)
         return data.view(dtype).reshape(tensor.shape)
 
     def read_bytes(self, key: str) -> bytes:
-        """The tensor's bytes as they lie in the file."""
+        """The tensor's bytes, as in the file."""
         tensor = self.tensors[key]
         return tensor.file.read(tensor.offset, tensor.nbytes)
 
     def chunks(self, key: str) -> Iterator[memoryview]:
-        """The tensor's bytes, at most COPY_CHUNK at a time, each in the same buffer."""
+        """The tensor's bytes, at most COPY_CHUNK at a time. The next chunk overwrites the last one's memory."""
         tensor = self.tensors[key]
         buffer = memoryview(bytearray(min(tensor.nbytes, COPY_CHUNK)))
         for start in range(0, tensor.nbytes, COPY_CHUNK):
@@ -125,14 +128,14 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def open_source(path: str | os.PathLike) -> Source:
-    """Open a `.safetensors` file, or the `.safetensors.index.json` that joins several, and validate its header.
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Open a `.safetensors` file, or all files of a `.safetensors.index.json`, and validate the headers.
 
-    Raises CheckpointError for anything that is not a whole and consistent safetensors file.
+    Raises CheckpointError for anything that is not a complete and consistent safetensors file.
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
@@ -140,7 +143,7 @@ def open_source(path: str | os.PathLike) -> Source:
     elif path.suffix == ".safetensors":
         names = [path.name]
     else:
-        raise file_error(path, "is no .safetensors file, the only kind that is read")
+        raise file_error(path, "is not a .safetensors file; other formats cannot be read")
     source = Source(path, [], {}, {})
     try:
         for name in names:
@@ -154,7 +157,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def open_written(path: Path, target: Path) -> Source:
-    """Open a file that is still being written at `path` and will become `target`, whose name errors give."""
+    """Open a file that is still being written at `path`. Errors name `target`, the file that it will become."""
     source = Source(target, [], {}, {})
     _add_file(source, path)
     return source
@@ -166,7 +169,7 @@ def _add_file(source: Source, path: Path) -> None:
     tensors, metadata = _read_header(file)
     twice = next(iter(tensors.keys() & source.tensors.keys()), None)
     if twice is not None:
-        raise file_error(source.path, f"joins two files that both hold tensor {twice!r}; download the model again")
+        raise file_error(source.path, f"lists two files that both hold tensor {twice!r}; download the model again")
     source.tensors.update(tensors)
     source.metadata = metadata | source.metadata
 
@@ -192,7 +195,7 @@ def _read_header(file: _File) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             file.path, f"is truncated: {end - file.size:,} of {end:,} bytes are missing; download it again"
         )
     if end < file.size:
-        raise file_error(file.path, f"has {file.size - end:,} bytes that belong to no tensor; download it again")
+        raise file_error(file.path, f"has {file.size - end:,} bytes after the last tensor; download it again")
     tensors = {
         key: StoredTensor(info.dtype, info.shape, 8 + length + offset, file) for key, (info, offset) in entries.items()
     }
@@ -200,11 +203,11 @@ def _read_header(file: _File) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The weight map of an index: tensor -> file name in the same folder."""
+    """The weight map of an index: tensor -> name of a file in the same folder."""
     file = _File(path)
     try:
         if file.size > MAX_HEADER:
-            raise file_error(path, f"has {file.size:,} bytes, too many for an index")
+            raise file_error(path, f"has {file.size:,} bytes, too many for an index; download it again")
         index = json.loads(file.read(0, file.size), object_pairs_hook=without_duplicates)
     except CheckpointError:
         raise
@@ -218,7 +221,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise file_error(
-                path, f"names {name!r}, which is no .safetensors file in the same folder; download it again"
+                path, f"names {name!r}, which is not a .safetensors file in the same folder; download it again"
             )
     return weight_map
 
@@ -228,5 +231,5 @@ def _check_index(source: Source) -> None:
     for key, name in weight_map.items():
         if key not in source.tensors or source.tensors[key].file.path.name != name:
             raise file_error(
-                source.path, f"promises tensor {key!r} in {name!r}, where it is not; download that file again"
+                source.path, f"lists tensor {key!r} in {name!r}, which does not hold it; download that file again"
             )

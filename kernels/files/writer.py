@@ -1,10 +1,11 @@
-"""Writes safetensors files atomically, tensor by tensor."""
+"""Writes safetensors files atomically, one tensor at a time."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -15,21 +16,22 @@ from .header import TensorInfo, format_header
 from .reader import Source, open_written
 
 SYNC_BYTES = 1 << 27
-"""Written bytes after which the disk is waited for: what is still on its way takes memory, and time at the end."""
+"""Bytes written between two fsync calls. Unsynced bytes take memory, and time at the end."""
 
 
 @contextmanager
 def writing(
-    target: str | os.PathLike,
+    target: str | os.PathLike[str],
     tensors: Mapping[str, TensorInfo],
     metadata: Mapping[str, str],
     *,
     overwrite: bool = False,
 ) -> Iterator[Writer]:
-    """Write a safetensors file of which every size is known: it appears, whole, when the block ends well.
+    """Write a safetensors file whose tensors are known in advance. It appears when the block ends without an exception.
 
-    The block writes each tensor once, fastest in the order of `Writer.order`. Raises CheckpointError: the target
-    exists (unless `overwrite`), is no .safetensors name, cannot be written, or the disk is full.
+    The block writes each tensor once, in any order; that of `Writer.order` is the fastest.
+    Raises CheckpointError: the target exists (unless `overwrite`), does not end in .safetensors, cannot be written, or
+    the disk is full; ValueError: a tensor was not written, or is not as announced.
     """
     target = Path(target)
     check_target(target, overwrite)
@@ -47,9 +49,9 @@ def writing(
 
 
 class Writer:
-    """The tensors' part of a safetensors file that is being written."""
+    """Writes the tensors of an open safetensors file."""
 
-    def __init__(self, file, tensors: Mapping[str, TensorInfo], offsets: dict[str, int]):
+    def __init__(self, file: FileIO, tensors: Mapping[str, TensorInfo], offsets: dict[str, int]):
         self._file = file
         self._tensors = tensors
         self._offsets = offsets
@@ -58,15 +60,15 @@ class Writer:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The tensors as they follow each other in the file."""
+        """The tensors in file order."""
         return tuple(self._offsets)
 
     def write(self, key: str, tensor: torch.Tensor) -> None:
-        """Write a CPU tensor. Raises ValueError where it is not of the dtype and shape announced."""
+        """Write a CPU tensor. Raises ValueError unless it has the announced dtype and shape."""
         if TensorInfo.of(tensor) != TensorInfo(self._tensors[key].dtype, self._tensors[key].shape):
-            raise ValueError(f"tensor {key!r} is {TensorInfo.of(tensor)}, announced was {self._tensors[key]}")
+            raise ValueError(f"tensor {key!r} is {TensorInfo.of(tensor)}, but was announced as {self._tensors[key]}")
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        self.write_at(self._offsets[key], memoryview(data.numpy()))
+        self.write_at(self._offsets[key], data.numpy().data)
         self._missing.discard(key)
 
     def copy(self, key: str, source: Source, source_key: str) -> None:
@@ -78,7 +80,7 @@ class Writer:
         self._missing.discard(key)
 
     def reopen(self, target: Path) -> Source:
-        """What has been written so far, to be checked before it takes the target's place."""
+        """Open the file as written so far, to verify it before it replaces the target."""
         return open_written(Path(self._file.name), target)
 
     def write_at(self, offset: int, data: memoryview) -> None:
@@ -96,9 +98,9 @@ class Writer:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raises CheckpointError where no file may be written."""
+    """Raises CheckpointError if no file may be written there."""
     if target.suffix != ".safetensors":
-        raise file_error(target, "must end in .safetensors, or ComfyUI does not list it")
+        raise file_error(target, "must end in .safetensors, because ComfyUI lists no other files")
     with _as_checkpoint_error(target):
         if not target.parent.is_dir():
             raise file_error(target, f"cannot be written: there is no folder {target.parent}")
@@ -109,10 +111,10 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def refuse_same_file(source: Source, target: Path) -> None:
-    """Raises CheckpointError where the target is (a link to) one of the source's files."""
+    """Raises CheckpointError if the target is one of the source's files, or a link to one."""
     with _as_checkpoint_error(target):
         if any(target.exists() and os.path.samefile(file.path, target) for file in source.files):
-            raise file_error(target, "is the source itself; choose another name for the result")
+            raise file_error(target, "is the source itself; choose another name for the target")
 
 
 @contextmanager

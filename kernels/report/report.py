@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from ..numerics.error_statistics import ErrorStatistics, merge
 from ..numerics.output_error import OutputError
@@ -21,30 +22,37 @@ class LayerReport:
     """Tensor key: the bare ComfyUI layer name + `.weight`, without any file prefix."""
     shape: tuple[int, ...]
     source_dtype: str
-    """dtype that the weight had before, e.g. "bfloat16"."""
+    """dtype of the original weight, e.g. "bfloat16"."""
     bytes_before: int
     amax: float
     scale: float
     error: ErrorStatistics | None = None
+    """None where no statistics were gathered."""
     output_error: OutputError | None = None
-    """Of the layer's output, where the rounding was calibrated."""
+    """Predicted error of the layer's output; None unless the rounding was calibrated."""
 
     @property
     def elements(self) -> int:
-        n = 1
-        for side in self.shape:
-            n *= side
-        return n
+        return math.prod(self.shape)
 
     @property
     def bytes_after(self) -> int:
-        """One byte a code and the fp32 scale."""
+        """One byte per code, and the fp32 scale."""
         return self.elements + 4
+
+
+Measured = tuple[LayerReport, ErrorStatistics]
+"""A layer and its error statistics."""
+
+
+def with_statistics(layers: Iterable[LayerReport]) -> list[Measured]:
+    """The layers that have error statistics, with these."""
+    return [(layer, layer.error) for layer in layers if layer.error is not None]
 
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """One tensor that stays as it was, and why."""
+    """One tensor that was not quantized, and why."""
 
     key: str
     shape: tuple[int, ...]
@@ -55,7 +63,7 @@ class KeptTensor:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole model's quantization: the choices, each layer, what was kept, and what a user should know."""
+    """The quantization of a whole model: the recipe, the layers, the kept tensors, and notes for the user."""
 
     source: str
     """File name (no path) or model name."""
@@ -65,15 +73,15 @@ class Report:
     layers: tuple[LayerReport, ...] = ()
     kept: tuple[KeptTensor, ...] = ()
     pattern_hits: tuple[tuple[str, int], ...] = ()
-    """Each preset or user pattern and how many tensors it matched."""
+    """Each preset or user pattern, and the number of tensors that it matched."""
     notes: tuple[str, ...] = ()
-    """Warnings and remarks, one plain sentence each."""
+    """Warnings and remarks, one sentence each."""
     version: int = field(default=REPORT_VERSION)
 
     @property
     def error(self) -> ErrorStatistics | None:
-        """All layers' statistics merged; None where none were gathered."""
-        gathered = [layer.error for layer in self.layers if layer.error is not None]
+        """The statistics of all layers together; None if none were gathered."""
+        gathered = [error for _, error in with_statistics(self.layers)]
         return merge(gathered) if gathered else None
 
     @property
@@ -85,46 +93,20 @@ class Report:
         return sum(layer.bytes_after for layer in self.layers) + sum(tensor.nbytes for tensor in self.kept)
 
     def worst(self, n: int = 5) -> tuple[LayerReport, ...]:
-        """The n layers with the lowest SQNR, worst first."""
-        measured = [layer for layer in self.layers if layer.error is not None and layer.error.count]
-        return tuple(sorted(measured, key=lambda layer: (layer.error.sqnr, layer.key))[:n])
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    def to_json(self, **options) -> str:
-        """Strict JSON: no NaN or Infinity occurs, since only sums and counts are stored."""
-        return json.dumps(self.to_dict(), allow_nan=False, **options)
-
-    @classmethod
-    def from_dict(cls, data: dict) -> Report:
-        return cls(
-            source=data["source"],
-            family=data["family"],
-            recipe=Recipe(**{name: _tuple(value) for name, value in data["recipe"].items()}),
-            layers=tuple(_layer(entry) for entry in data["layers"]),
-            kept=tuple(KeptTensor(**{name: _tuple(value) for name, value in entry.items()}) for entry in data["kept"]),
-            pattern_hits=tuple((pattern, hits) for pattern, hits in data["pattern_hits"]),
-            notes=tuple(data["notes"]),
-            version=data["version"],
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> Report:
-        return cls.from_dict(json.loads(text))
+        """The n layers with the lowest SQNR, lowest first. Empty layers and those without statistics are left out."""
+        ranked = [(error.sqnr, layer.key, layer) for layer, error in with_statistics(self.layers) if error.count]
+        ranked.sort(key=lambda entry: entry[:2])
+        return tuple(layer for *_, layer in ranked[:n])
 
 
-def _tuple(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _layer(entry: dict) -> LayerReport:
-    error, output_error = entry["error"], entry.get("output_error")
-    return LayerReport(
-        **{
-            **entry,
-            "shape": tuple(entry["shape"]),
-            "error": error and ErrorStatistics.from_dict(error),
-            "output_error": output_error and OutputError(**output_error),
-        }
+def join_reports(reports: Iterable[Report], source: str) -> Report:
+    """One report on several networks. Family and recipe are those of a network that was quantized, if there is one."""
+    reports = sorted(reports, key=lambda report: not report.layers)
+    return replace(
+        reports[0],
+        source=source,
+        layers=sum((report.layers for report in reports), ()),
+        kept=sum((report.kept for report in reports), ()),
+        pattern_hits=sum((report.pattern_hits for report in reports), ()),
+        notes=sum((report.notes for report in reports), ()),
     )

@@ -2,44 +2,224 @@
 
 `img_in` and `blocks.0.attn` are patterns. `*` matches any characters within one part. A negative number counts a list
 of blocks from its end: `blocks.-1` is the last block.
+
+A pattern is never compiled to a regular expression, which can take exponential time. Matching takes time bounded by the
+length of the pattern times the length of the name.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import islice, repeat
+from operator import contains
+
+from ..errors import PatternError
+
+LONGEST_PATTERNS = 1 << 16
+"""Characters of all patterns of one request together."""
+
+LONGEST_COMPARED = 64
+"""Characters. Similar names are suggested only for patterns up to this length: comparing takes quadratic time."""
+MOST_COMPARED = 5000
+"""Names that a pattern is compared with for a suggestion."""
+LONGEST_SHOWN = 100
+"""Characters of a pattern in an error message."""
+
+CACHED_NAMES = 1 << 15
+CACHED_PARTS = 1 << 16
+LONGEST_CACHED = 256
+"""Characters of a cached name or part."""
 
 
-def compile_pattern(pattern: str, names: Iterable[str] = ()) -> re.Pattern:
-    """A regular expression to `search` in a dotted name. `names` resolve a pattern's negative numbers.
+@dataclass(frozen=True)
+class Pattern:
+    """One parsed pattern."""
 
-    Raises ValueError for an empty pattern or one with an empty part.
+    text: str
+    """As the user wrote it."""
+    parts: tuple[str, ...]
+    """Its dotted parts; `*` is the only wildcard."""
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Raises PatternError for an empty pattern and for one with an empty part."""
+        parts = tuple(text.strip().strip(".").split("."))
+        if not all(parts):
+            raise PatternError(
+                f"{_shown(text)!r} is not a pattern: give whole dotted parts of a layer's name, e.g. blocks.0.attn"
+            )
+        return cls(text, parts)
+
+    def resolve(self, names: Iterable[str]) -> Pattern:
+        """The pattern with its negative numbers replaced by numbers of blocks, counted in `names`."""
+        parts: tuple[str, ...] = ()
+        for part in self.parts:
+            if part[0] == "-" and _is_number(part[1:]):
+                part = str(_count_children(parts, names) + int(part))
+            parts += (part,)
+        return Pattern(self.text, parts)
+
+    def matches(self, name: str) -> bool:
+        """Whether as many consecutive parts of a dotted name match the pattern's parts, one by one."""
+        return bool(self._alone.matching(name))
+
+    @cached_property
+    def _alone(self) -> PatternSet:
+        return PatternSet([self])
+
+
+class PatternSet:
+    """Patterns matched together, in one pass over the parts of a name.
+
+    The parts of all patterns form one row of bits. A bit is set while its pattern, up to and including this part,
+    matches the parts of the name read last: the Shift-And algorithm (Baeza-Yates and Gonnet, A New Approach to Text
+    Searching, 1992) over parts in place of characters.
     """
-    parts = pattern.strip().strip(".").split(".")
-    if not all(parts):
-        raise ValueError(f"{pattern!r} is no pattern: give whole dotted parts of a layer's name, e.g. blocks.0.attn")
-    expression = r"(?:^|\.)"
-    for index, part in enumerate(parts):
-        if re.fullmatch(r"-\d+", part):
-            part = str(_count_children(expression, names) + int(part))
-        expression += re.escape(part).replace(r"\*", "[^.]*") + (r"\." if index < len(parts) - 1 else r"(?:\.|$)")
-    return re.compile(expression)
+
+    def __init__(self, patterns: Iterable[Pattern]):
+        self.patterns = tuple(patterns)
+        self._shortest = min((len(pattern.parts) for pattern in self.patterns), default=0)
+        self._starts = self._ends = count = 0
+        self._last: dict[int, Pattern] = {}
+        """Number of parts up to the end of a pattern -> the pattern."""
+        literals: dict[str, int] = {}
+        globs: dict[str, int] = {}
+        for pattern in self.patterns:
+            self._starts |= 1 << count
+            for part in pattern.parts:
+                table = globs if "*" in part else literals
+                table[part] = table.get(part, 0) | 1 << count
+                count += 1
+            self._ends |= 1 << count - 1
+            self._last[count] = pattern
+        self._bits = _MatchingBits(literals, {_Glob(part): bits for part, bits in globs.items()})
+
+    def __bool__(self) -> bool:
+        return bool(self.patterns)
+
+    def matching(self, name: str) -> tuple[Pattern, ...]:
+        """The patterns that match a name, in their order."""
+        parts = split_name(name)
+        if len(parts) < self._shortest:
+            return ()
+        state = found = 0
+        starts = self._starts
+        for bits in map(self._bits.__getitem__, parts):
+            state = (state << 1 | starts) & bits
+            found |= state
+        found &= self._ends
+        matching = []
+        while found:
+            bit = found & -found
+            matching.append(self._last[bit.bit_length()])
+            found ^= bit
+        return tuple(matching)
+
+    def last_parts(self, name: str) -> Iterator[str]:
+        """For each match in a name: the last part that the pattern matches."""
+        state = 0
+        for part in split_name(name):
+            state = (state << 1 | self._starts) & self._bits[part]
+            if state & self._ends:
+                yield part
 
 
-def _count_children(parent: str, names: Iterable[str]) -> int:
-    """One more than the largest number that follows `parent` in a name."""
-    child = re.compile(parent + r"(\d+)(?:\.|$)")
-    return max((int(number) for name in names for number in child.findall(name)), default=-1) + 1
+class _MatchingBits(dict[str, int]):
+    """Part of a name -> the bits of the pattern parts that match it. A cache: computed on the first request."""
+
+    def __init__(self, literals: dict[str, int], globs: dict[_Glob, int]):
+        super().__init__()
+        self._literals, self._globs = literals, globs
+
+    def __missing__(self, part: str) -> int:
+        bits = self._literals.get(part, 0)
+        for glob, its_bits in self._globs.items():
+            if glob.matches(part):
+                bits |= its_bits
+        if len(part) <= LONGEST_CACHED:
+            if len(self) >= CACHED_PARTS:
+                self.clear()
+            self[part] = bits
+        return bits
+
+
+class _Glob:
+    """A pattern's part with `*`: a literal start and end, and literals between them in order.
+
+    Taking the leftmost place for each literal is enough: it leaves the most room for those that follow.
+    """
+
+    def __init__(self, part: str):
+        self.start, *between, self.end = part.split("*")
+        self.between = [(literal, len(literal)) for literal in between if literal]
+        self.characters = "".join(between) if all(length == 1 for _, length in self.between) else None
+        self.shortest = len(part) - part.count("*")
+
+    def matches(self, part: str) -> bool:
+        if len(part) < self.shortest or not (part.startswith(self.start) and part.endswith(self.end)):
+            return False
+        at, stop = len(self.start), len(part) - len(self.end)
+        if self.characters is not None:  # `in` consumes an iterator up to the character: faster than many finds
+            rest = iter(part[at:stop])
+            return all(map(contains, repeat(rest), self.characters))  # type: ignore[arg-type]
+        find = part.find
+        for literal, length in self.between:
+            at = find(literal, at, stop) + length
+            if at < length:
+                return False
+        return True
+
+
+def split_name(name: str) -> Sequence[str]:
+    """The dotted parts of a name."""
+    return _split_cached(name) if len(name) <= LONGEST_CACHED else name.split(".")
+
+
+@lru_cache(CACHED_NAMES)
+def _split_cached(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
+
+
+def check_length(patterns: Iterable[str]) -> None:
+    """Raises PatternError for more than LONGEST_PATTERNS characters in all patterns of a request together."""
+    length = sum(map(len, patterns))
+    if length > LONGEST_PATTERNS:
+        raise PatternError(
+            f"the patterns have {length:,} characters together; at most {LONGEST_PATTERNS:,} are allowed: "
+            "use * for many names at once"
+        )
 
 
 def no_match(pattern: str, names: Iterable[str]) -> str:
-    """The message for a pattern that hits nothing, with the names nearest to it."""
+    """The message for a pattern that matches nothing, with similar names."""
+    near = _similar(pattern, names) if len(pattern) <= LONGEST_COMPARED else []
+    hint = f"did you mean {', '.join(near)}?" if near else "a pattern is whole dotted parts of a name"
+    return f"pattern '{_shown(pattern)}' matches no tensor; {hint}"
+
+
+def _shown(pattern: str) -> str:
+    return pattern if len(pattern) <= LONGEST_SHOWN else f"{pattern[:LONGEST_SHOWN]}…"
+
+
+def _similar(pattern: str, names: Iterable[str]) -> list[str]:
     length = len(pattern.strip(".").split("."))
     candidates: dict[str, None] = {}
     for name in names:
-        parts = name.split(".")
+        parts = split_name(name)
         candidates.update(dict.fromkeys(".".join(parts[i : i + length]) for i in range(len(parts) - length + 1)))
-    near = difflib.get_close_matches(pattern, candidates, n=5, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "a pattern is whole dotted parts of a name"
-    return f"pattern '{pattern}' matches no tensor; {hint}"
+    return difflib.get_close_matches(pattern, islice(candidates, MOST_COMPARED), n=5, cutoff=0.5)
+
+
+def _count_children(parent: tuple[str, ...], names: Iterable[str]) -> int:
+    """One more than the largest number that follows the parts `parent` in a name; 0 without one."""
+    search = PatternSet([Pattern("", (*parent, "*"))])
+    numbers = [part for name in names for part in search.last_parts(name) if _is_number(part)]
+    return max(map(int, numbers), default=-1) + 1
+
+
+def _is_number(text: str) -> bool:
+    """Whether it can be the number of a block: nine digits at most, because int() raises for thousands of digits."""
+    return text.isdecimal() and len(text) < 10

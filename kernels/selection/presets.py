@@ -1,36 +1,38 @@
-"""Model families: how to tell one by its keys, and which of its layers are best kept in high precision.
+"""Model families: the keys that identify each one, and the layers that its preset keeps in high precision.
 
-Key names were read off ComfyUI's own detection (comfy/model_detection.py and comfy/sd.py, 0.3.75 to 0.33.0).
+Source of the key names: ComfyUI's own detection (comfy/model_detection.py and comfy/sd.py, 0.3.75 to 0.33.0).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..files.header import TensorInfo
 
-DIFFUSION, TEXT_ENCODER, UNTOUCHED = "diffusion model", "text encoder", "untouched"
+DIFFUSION, TEXT_ENCODER, NEVER_QUANTIZED = "diffusion model", "text encoder", "never quantized"
+"""Kinds of networks."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One family. `keep` holds patterns (see layers.py); `detect` holds alternatives, each a set of keys with, where
-    the name alone does not decide, the size of their first dimension.
-    """
+    """One family of models."""
 
     title: str
     kind: str
+    """DIFFUSION, TEXT_ENCODER or NEVER_QUANTIZED."""
     keep: tuple[str, ...] = ()
+    """Patterns of layers that stay in high precision; see patterns.py."""
     detect: tuple[Mapping[str, int | None], ...] = ()
+    """Alternatives. Each is a set of keys that must all be present: key -> its first dimension, None for any."""
     reason: str = ""
-    """For UNTOUCHED: why nothing of it is quantized."""
+    """Why the family is never quantized, for kind NEVER_QUANTIZED."""
 
 
 def _any_of(*alternatives: str) -> tuple[dict[str, None], ...]:
-    """Alternatives in one line each: keys that must all be there, separated by spaces."""
+    """Alternatives, one string each: keys that must all be present, separated by spaces."""
     return tuple(dict.fromkeys(keys.split()) for keys in alternatives)
 
 
@@ -166,7 +168,7 @@ PRESETS = {
     ),
     "clip": Preset(
         "CLIP-L, CLIP-G, CLIP-H",
-        UNTOUCHED,
+        NEVER_QUANTIZED,
         detect=_any_of(
             "text_model.encoder.layers.0.mlp.fc1.weight",
             "transformer.text_model.encoder.layers.0.mlp.fc1.weight",
@@ -178,7 +180,7 @@ PRESETS = {
     ),
     "other_text_encoder": Preset(
         "T5-base, T5-XL, ByT5 and other text encoders",
-        UNTOUCHED,
+        NEVER_QUANTIZED,
         detect=_any_of(
             "encoder.block.0.layer.0.SelfAttention.k.weight",
             "model.encoder.layers.0.mixer.Wqkv.weight",
@@ -189,7 +191,7 @@ PRESETS = {
     ),
     "vae": Preset(
         "VAE",
-        UNTOUCHED,
+        NEVER_QUANTIZED,
         detect=_any_of("decoder.conv_in.weight", "decoder.conv1.weight", "taesd_decoder.1.weight"),
         reason="a VAE is never quantized",
     ),
@@ -197,8 +199,8 @@ PRESETS = {
 }
 """family -> Preset."""
 
-FAMILIES = tuple(family for family, preset in PRESETS.items() if preset.kind != UNTOUCHED)
-"""Families of which something may be quantized."""
+FAMILIES = tuple(family for family, preset in PRESETS.items() if preset.kind != NEVER_QUANTIZED)
+"""Families that can be quantized."""
 
 _DIFFUSION_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
 _VAE_PREFIXES = ("first_stage_model.", "vae.", "pretransform.model.")
@@ -209,7 +211,7 @@ _TEXT_ENCODER_PREFIX = re.compile(
 
 @dataclass(frozen=True)
 class Component:
-    """One network in a file: all keys that start with `prefix` (and with no longer one)."""
+    """One network in a file: the keys that start with `prefix`, and not with a longer prefix of another network."""
 
     prefix: str
     family: str
@@ -222,9 +224,13 @@ class Component:
 class Components:
     """The networks that a set of tensors holds: one, or those of an all-in-one checkpoint."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]):
-        self.main = _main_component(tensors)
-        self.others = tuple(_other_components(tensors, self.main.prefix))
+    def __init__(self, tensors: Mapping[str, TensorInfo], kind: str | None = None):
+        """kind: DIFFUSION or TEXT_ENCODER for the bare names of one network of that kind; None for a whole file."""
+        if kind is None:
+            self.main = _main_component(tensors)
+            self.others = tuple(_other_components(tensors, self.main.prefix))
+        else:
+            self.main, self.others = Component("", _SINGLE_FAMILY[kind](tensors)), ()
 
     @cached_property
     def all(self) -> tuple[Component, ...]:
@@ -232,11 +238,11 @@ class Components:
 
     @property
     def all_in_one(self) -> bool:
-        """Whether layer names in the file carry a prefix."""
+        """Whether the names of the main network's layers carry a prefix."""
         return bool(self.main.prefix)
 
     def of(self, key: str) -> Component | None:
-        """The component that a tensor belongs to; None for one outside of all, e.g. a training state."""
+        """The component that a tensor belongs to. None: outside all networks, e.g. an optimizer's state."""
         for component in self.others:
             if key.startswith(component.prefix):
                 return component
@@ -249,11 +255,22 @@ class Components:
 
 
 def detect_family(tensors: Mapping[str, TensorInfo], prefix: str = "", kinds: tuple[str, ...] = ()) -> str:
-    """The family of the network under `prefix`, among those of the given kinds (all by default), or "unknown"."""
+    """The family of the network under `prefix`, or "unknown". kinds: consider these kinds only; (): all of them."""
     for family, preset in PRESETS.items():
         if (not kinds or preset.kind in kinds) and any(_present(keys, tensors, prefix) for keys in preset.detect):
             return family
     return "unknown"
+
+
+def _text_encoder_family(tensors: Mapping[str, TensorInfo], prefix: str = "") -> str:
+    family = detect_family(tensors, prefix, (TEXT_ENCODER, NEVER_QUANTIZED))
+    return "other_text_encoder" if family == "unknown" else family
+
+
+_SINGLE_FAMILY = {
+    DIFFUSION: lambda tensors: detect_family(tensors, kinds=(DIFFUSION,)),
+    TEXT_ENCODER: _text_encoder_family,
+}
 
 
 def _present(keys: Mapping[str, int | None], tensors: Mapping[str, TensorInfo], prefix: str) -> bool:
@@ -273,7 +290,7 @@ def _main_component(tensors: Mapping[str, TensorInfo]) -> Component:
 
 
 def _unknown_prefix(tensors: Mapping[str, TensorInfo]) -> str:
-    """ComfyUI's rule: the prefix that more than five keys share; `model.` only beside a VAE or a text encoder."""
+    """ComfyUI's rule: the prefix of more than five keys. `model.` counts only beside a VAE or a text encoder."""
     counts = {prefix: sum(key.startswith(prefix) for key in tensors) for prefix in _DIFFUSION_PREFIXES[:4]}
     prefix = max(counts, key=counts.__getitem__)
     if counts[prefix] > 5:
@@ -282,11 +299,10 @@ def _unknown_prefix(tensors: Mapping[str, TensorInfo]) -> str:
     return "model." if beside and any(key.startswith("model.") for key in tensors) else ""
 
 
-def _other_components(tensors: Mapping[str, TensorInfo], main_prefix: str):
+def _other_components(tensors: Mapping[str, TensorInfo], main_prefix: str) -> Iterator[Component]:
     prefixes = {match.group() for key in tensors if (match := _TEXT_ENCODER_PREFIX.match(key))}
     for prefix in sorted(prefixes, key=len, reverse=True):
-        family = detect_family(tensors, prefix, (TEXT_ENCODER, UNTOUCHED))
-        yield Component(prefix, "other_text_encoder" if family == "unknown" else family)
+        yield Component(prefix, _text_encoder_family(tensors, prefix))
     for prefix in _VAE_PREFIXES:
         if prefix != main_prefix and any(key.startswith(prefix) for key in tensors):
             yield Component(prefix, "vae")
@@ -302,11 +318,11 @@ _DIFFUSERS = {
     "LTX-Video": "time_embed.emb.timestep_embedder. transformer_blocks.0.attn1.to_q.",
     "SD 1.x or SDXL": "conv_in.weight down_blocks.0.resnets.0.conv1.",
 }
-"""Models in the diffusers layout -> starts of keys that all occur in it, separated by spaces."""
+"""Model in the diffusers layout -> the starts of keys that all occur in it, separated by spaces."""
 
 
 def diffusers_model(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Which model this is if its keys follow the diffusers layout, of which ComfyUI's loader drops the scales."""
+    """The model whose diffusers layout the keys follow, or None. ComfyUI's loader drops the scales of that layout."""
     for model, starts in _DIFFUSERS.items():
         if all(any(key.startswith(start) for key in tensors) for start in starts.split()):
             return model

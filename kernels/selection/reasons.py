@@ -1,4 +1,4 @@
-"""Why a tensor is kept as it is. Reasons are data; `Reason.text` says them in plain words."""
+"""Why a tensor is kept as it is. Reasons are data; `Reason.text` is what people read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_NAMED = "not_named"
 KEEP_PATTERN = "keep_pattern"
 PRESET_PATTERN = "preset_pattern"
 NETWORK_END = "network_end"
-UNTOUCHED_NETWORK = "untouched_network"
+NEVER_QUANTIZED_NETWORK = "never_quantized_network"
 NO_NETWORK = "no_network"
 NON_FINITE = "non_finite"
 
@@ -27,7 +27,7 @@ _TEXTS = {
     KEEP_PATTERN: "kept by pattern '{pattern}'",
     PRESET_PATTERN: "kept by pattern '{pattern}' of preset {preset}",
     NETWORK_END: "at the beginning or the end of an unknown network",
-    UNTOUCHED_NETWORK: "{detail}",
+    NEVER_QUANTIZED_NETWORK: "{detail}",
     NO_NETWORK: "does not belong to any model in this file",
     NON_FINITE: "holds {detail}",
 }
@@ -43,13 +43,13 @@ class Reason:
     pattern: str = ""
     """The user's or the preset's pattern that matched the name."""
     preset: str = ""
-    """The preset that the pattern belongs to; "" for a user's pattern."""
+    """The preset of the pattern. "" for a user's pattern."""
     detail: str = ""
-    """The part of the text that differs between tensors of one kind, such as a dtype."""
+    """What differs between reasons of one kind, such as the dtype."""
 
     @property
     def text(self) -> str:
-        """A short phrase in plain words."""
+        """A short phrase."""
         return _TEXTS[self.kind].format(pattern=self.pattern, preset=self.preset, detail=self.detail)
 
     def to_dict(self) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Which tensors are quantized: Linear weights, less those that a preset or the user keeps in high precision.
+"""Which tensors are quantized: Linear weights, except those that a preset or the user keeps in high precision.
 
-The rules, in order: the network it belongs to, its shape and dtype, the user's patterns, the preset's patterns.
+The rules, in order: the network a tensor belongs to, its shape and dtype, the user's patterns, the preset's patterns.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from .. import display
 from ..choices import choose
 from ..errors import UnknownPatternError
 from ..files.header import TensorInfo
-from .patterns import compile_pattern, no_match
-from .presets import FAMILIES, PRESETS, UNTOUCHED, Component, Components
+from .patterns import Pattern, PatternSet, check_length, no_match
+from .presets import FAMILIES, NEVER_QUANTIZED, PRESETS, Component, Components
 from .reasons import (
     DTYPE,
     EMPTY,
     KEEP_PATTERN,
     NETWORK_END,
+    NEVER_QUANTIZED_NETWORK,
     NO_NETWORK,
     NOT_LINEAR,
     NOT_NAMED,
     ODD_SIDE,
     PRESET_PATTERN,
     SUFFIX,
-    UNTOUCHED_NETWORK,
     Reason,
 )
 
@@ -41,7 +42,7 @@ QUANTIZABLE_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3f
 SIDE_MULTIPLE = 16
 """FP8 matrix multiplications take only sides divisible by this."""
 
-NO_LINEAR = (
+NOT_LINEAR_PATTERNS = (
     "shared",
     "embed_tokens*",
     "*token_embedding",
@@ -65,9 +66,9 @@ NO_LINEAR = (
     "trainable_cond_mask",
     "motion_encoder",
 )
-"""Names of 2-D `.weight` tensors that belong to no Linear: embeddings, and Wan-Animate's raw parameters."""
+"""2-D `.weight` tensors that are not Linear weights: embeddings, and the raw parameters of Wan-Animate."""
 
-COSTLY = 0.05
+COSTLY_SHARE = 0.05
 """A pattern that keeps more than this share of the parameters is mentioned in the notes."""
 
 
@@ -82,11 +83,12 @@ class Selection:
     family: str
     components: Components
     pattern_hits: tuple[tuple[str, int], ...] = ()
-    """Each pattern and how many weights it kept (`keep`, presets) or chose (`only`)."""
+    """(pattern, weights that it matched): those kept by `keep` and presets, those chosen by `only`."""
     notes: tuple[str, ...] = ()
 
     def tensor_key(self, name: str) -> str:
-        """The bare key of a tensor, which its random words depend on: the same in every file and in the graph."""
+        """The tensor's name without its network's prefix: the same in every file and in the graph. Random bits depend
+        on it."""
         return name.removeprefix(self.components.prefix_of(name))
 
 
@@ -98,17 +100,21 @@ def select_layers(
     only: Collection[str] = (),
     suffixes: Collection[str] = (".weight",),
     linear_names: Collection[str] | None = None,
+    kind: str | None = None,
 ) -> Selection:
     """Choose the tensors to quantize.
 
-    tensors: every tensor of a file or a model, by name. layers: one of LAYERS. keep, only: the user's patterns; what
-    `keep` matches stays as it is, and so does, if `only` is given, what `only` does not match; a preset's patterns
-    apply beside them. suffixes: name endings of which one must match. linear_names: the names of the Linear
-    modules, where the module types are known; with a file alone, names and shapes decide.
-    Raises ValueError: unknown `layers`; UnknownPatternError: a pattern that matches no name, with near matches.
+    tensors: all tensors of a file or a model, by name. layers: a key of LAYERS. keep, only: the user's patterns,
+    applied beside those of the preset. `keep` keeps what it matches; `only` keeps what it does not match. suffixes: a
+    name must end in one of them. linear_names: names of the Linear modules, where module types are known; None: names
+    and shapes decide. kind: DIFFUSION or TEXT_ENCODER for the bare names of one network; None: a whole file.
+
+    Raises UnknownChoiceError for `layers`, UnknownPatternError (with similar names) for a pattern that matches no name,
+    PatternError for patterns that are empty or longer than LONGEST_PATTERNS together.
     """
     choose(LAYERS, layers, "layers")
-    components = Components(tensors)
+    check_length([*keep, *only])
+    components = Components(tensors, kind)
     rules = _Rules(tensors, components, layers, keep, only, suffixes, linear_names)
     quantize, kept = [], []
     for name, info in tensors.items():
@@ -127,17 +133,17 @@ def select_layers(
     )
 
 
-_NO_LINEAR = re.compile("|".join(compile_pattern(pattern).pattern for pattern in NO_LINEAR))
+_NOT_LINEAR = PatternSet(map(Pattern.parse, NOT_LINEAR_PATTERNS))
 
 
 def is_linear(name: str, info: TensorInfo) -> bool:
-    """Whether a file's tensor is the weight of a Linear, by its name and shape: all that a file tells."""
-    return len(info.shape) == 2 and name.endswith(".weight") and not _NO_LINEAR.search(name)
+    """Whether a tensor of a file is the weight of a Linear layer, judged by its name and shape."""
+    return len(info.shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.matching(name)
 
 
 @dataclass
 class _Rules:
-    """The rules in the order in which a reason is given."""
+    """The rules, with the patterns parsed, and a count of what each pattern matched."""
 
     tensors: Mapping[str, TensorInfo]
     components: Components
@@ -146,21 +152,26 @@ class _Rules:
     only: Collection[str]
     suffixes: Collection[str]
     linear_names: Collection[str] | None
-    hits: Counter = field(default_factory=Counter)
-    kept_elements: Counter = field(default_factory=Counter)
+    hits: Counter[str] = field(default_factory=Counter)
+    """Pattern -> names that it matched."""
+    kept_elements: Counter[str] = field(default_factory=Counter)
+    """Pattern -> parameters that it kept."""
 
     def __post_init__(self) -> None:
-        self.user_keep = self._compile_users(self.keep)
-        self.user_only = self._compile_users(self.only)
-        self.presets = {component: self._compile_preset(component) for component in self.components.all}
+        self.user_keep = self._parse_users(self.keep)
+        self.user_only = self._parse_users(self.only)
+        self.presets = {component: self._parse_preset(component) for component in self.components.all}
         main = self.components.main
-        self.ends = _ends(self.tensors, main.prefix) if self._family(main) == "unknown" else set()
+        self.ends = _ends(self.tensors, main.prefix) if self._family(main) == "unknown" else frozenset()
 
     def reason_to_keep(self, name: str, info: TensorInfo) -> Reason | None:
         component = self.components.of(name)
+        if component is None:
+            return Reason(NO_NETWORK)
+        if component.preset.kind == NEVER_QUANTIZED:
+            return Reason(NEVER_QUANTIZED_NETWORK, detail=component.preset.reason)
         return (
-            self._component_reason(component)
-            or self._shape_reason(name, info)
+            self._shape_reason(name, info)
             or self._user_reason(name, info)
             or self._preset_reason(name, info, component)
         )
@@ -168,28 +179,21 @@ class _Rules:
     def notes(self) -> Iterable[str]:
         main = self.components.main
         if self.layers in FAMILIES and main.family not in (self.layers, "unknown"):
-            yield f"the keys look like {main.preset.title}, the preset asked for is that of {self.layers}"
+            yield f"the keys look like {main.preset.title}, the preset requested is that of {self.layers}"
         for component in self.components.others:
-            if component.preset.kind == UNTOUCHED:
+            if component.preset.kind == NEVER_QUANTIZED:
                 yield f"{component.prefix}* stays as it is: {component.preset.reason}"
             else:
                 yield f"{component.prefix}* is quantized with the preset of {component.preset.title}"
         total = sum(info.elements for info in self.tensors.values())
         for pattern, elements in self.kept_elements.items():
-            if elements > COSTLY * total:
-                yield f"'{pattern}' keeps {elements / total:.0%} of the parameters in high precision"
+            if elements > COSTLY_SHARE * total:
+                yield f"'{pattern}' keeps {display.share(elements / total)} of the parameters in high precision"
 
     def _family(self, component: Component) -> str:
-        """The family whose preset applies: the one asked for, if it is of the same kind."""
-        asked = PRESETS.get(self.layers)
-        return self.layers if asked and asked.kind == component.preset.kind else component.family
-
-    def _component_reason(self, component: Component | None) -> Reason | None:
-        if component is None:
-            return Reason(NO_NETWORK)
-        if component.preset.kind == UNTOUCHED:
-            return Reason(UNTOUCHED_NETWORK, detail=component.preset.reason)
-        return None
+        """The family whose preset applies: the one requested, if its kind is that of the network."""
+        requested = PRESETS.get(self.layers)
+        return self.layers if requested and requested.kind == component.preset.kind else component.family
 
     def _shape_reason(self, name: str, info: TensorInfo) -> Reason | None:
         if self.linear_names is None:
@@ -228,39 +232,47 @@ class _Rules:
             return Reason(PRESET_PATTERN, pattern=kept, preset=family)
         return Reason(NETWORK_END) if name in self.ends else None
 
-    def _hits(self, name: str, patterns: Mapping[str, re.Pattern]) -> str:
-        """The first pattern that matches, or ""; counts every one that does."""
-        matches = [pattern for pattern, expression in patterns.items() if expression.search(name)]
-        for pattern in matches:
-            self.hits[pattern] += 1
-        return matches[0] if matches else ""
+    def _hits(self, name: str, patterns: PatternSet) -> str:
+        """The text of the first pattern that matches, or "". Counts every pattern that does."""
+        matching = patterns.matching(name)
+        for pattern in matching:
+            self.hits[pattern.text] += 1
+        return matching[0].text if matching else ""
 
-    def _compile_preset(self, component: Component) -> dict[str, re.Pattern]:
-        if self.layers == "all_linear" or component.preset.kind == UNTOUCHED:
-            return {}
-        bare = [name.removeprefix(component.prefix) for name in self.tensors if name.startswith(component.prefix)]
-        patterns = PRESETS[self._family(component)].keep
-        self.hits.update(dict.fromkeys(patterns, 0))
-        return {pattern: compile_pattern(pattern, bare) for pattern in patterns}
+    def _parse_preset(self, component: Component) -> PatternSet:
+        if self.layers == "all_linear" or component.preset.kind == NEVER_QUANTIZED:
+            return PatternSet(())
+        names = [name.removeprefix(component.prefix) for name in self.tensors if name.startswith(component.prefix)]
+        return self._count(Pattern.parse(text).resolve(names) for text in PRESETS[self._family(component)].keep)
 
-    def _compile_users(self, patterns: Collection[str]) -> dict[str, re.Pattern]:
-        compiled = {pattern: compile_pattern(pattern, self.tensors) for pattern in patterns}
-        for pattern, expression in compiled.items():
-            if not any(expression.search(name) for name in self.tensors):
-                raise UnknownPatternError(no_match(pattern, self.tensors))
-        self.hits.update(dict.fromkeys(compiled, 0))
-        return compiled
+    def _parse_users(self, texts: Collection[str]) -> PatternSet:
+        patterns = self._count(Pattern.parse(text).resolve(self.tensors) for text in dict.fromkeys(texts))
+        unmatched = set(patterns.patterns)
+        for name in self.tensors:
+            if not unmatched:
+                break
+            unmatched.difference_update(patterns.matching(name))
+        for pattern in patterns.patterns:
+            if pattern in unmatched:
+                raise UnknownPatternError(no_match(pattern.text, self.tensors))
+        return patterns
+
+    def _count(self, patterns: Iterable[Pattern]) -> PatternSet:
+        """The patterns as a set; those that match nothing are listed with 0 hits."""
+        result = PatternSet(patterns)
+        self.hits.update({pattern.text: 0 for pattern in result.patterns})
+        return result
 
 
-def _ends(tensors: Mapping[str, TensorInfo], prefix: str) -> set[str]:
+def _ends(tensors: Mapping[str, TensorInfo], prefix: str) -> frozenset[str]:
     """The weights at the beginning and the end of an unknown network.
 
-    A file does not tell the order of its modules. What lies outside every list of blocks leads into or out of them;
-    in a network without such lists it is the first and the last tensor.
+    A file does not say in which order its modules run. Weights outside all lists of blocks come before or after them.
+    In a network without such lists, they are the first and the last weight.
     """
     weights = [name for name, info in tensors.items() if name.startswith(prefix) and len(info.shape) == 2]
     block = re.compile(r"\.\d+\.[^.]+\..")
     outside = [name for name in weights if not block.search("." + name.removeprefix(prefix))]
     if len(outside) == len(weights):
         outside = weights[:1] + weights[-1:]
-    return set(outside)
+    return frozenset(outside)

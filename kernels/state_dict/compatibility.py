@@ -1,62 +1,192 @@
-"""What each ComfyUI generation makes of a scaled FP8 file, as found by loading and sampling in both."""
+"""What each ComfyUI version makes of a scaled FP8 file: one table of rules, from loading and sampling in both versions.
+
+The table in CHECKPOINTS.md is `markdown_table()`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..selection.presets import TEXT_ENCODER
+from ..numerics.formats import FORMATS
+from ..selection.presets import DIFFUSION, TEXT_ENCODER, Components
 
 EXACT, DEGRADED, WRONG, FAILS = "exact", "degraded", "wrong image", "fails to load"
+
+LEGACY, HEADER, INLINE = "legacy", "header", "inline"
+"""The ways to mark a layer as scaled FP8."""
+ENTRIES = "entries"
+"""Header or inline entries, or both."""
+E4M3, E5M2, T5XXL, LLM = "float8_e4m3fn", "float8_e5m2", "t5xxl", "llm"
+ALL_IN_ONE = "all in one"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`generation` of ComfyUI, `outcome` (EXACT, DEGRADED, WRONG or FAILS) and what happens, in plain words."""
+    """What one ComfyUI version makes of a file."""
 
     generation: str
+    """The ComfyUI version."""
     outcome: str
+    """EXACT, DEGRADED, WRONG or FAILS."""
     text: str
+    """Why, or on what condition; "" if there is nothing to add."""
+
+    @property
+    def usable(self) -> bool:
+        return self.outcome in (EXACT, DEGRADED)
+
+    def __str__(self) -> str:
+        return f"{self.generation}: {self.outcome}" + (f"; {self.text}" if self.text else "")
 
 
-def verdicts(ways: Collection[str], formats: Collection[str], family: str, kind: str, all_in_one: bool):
-    """The Verdict of each generation.
+@dataclass(frozen=True)
+class Rule:
+    """Applies to a file with all of these traits: ways, formats, family and kind of network, ALL_IN_ONE."""
 
-    ways: those of "legacy", "header" and "inline" that cover every scaled layer. formats: those of the layers.
-    family, kind: of the main network. all_in_one: whether its layers carry a prefix.
+    traits: frozenset[str]
+    outcome: str
+    text: str = ""
+
+
+def _rule(traits: Collection[str], outcome: str, text: str = "") -> Rule:
+    return Rule(frozenset(traits), outcome, text)
+
+
+VERSIONS: dict[str, tuple[Rule, ...]] = {
+    "ComfyUI 0.3.75": (
+        _rule([LEGACY], DEGRADED, "every unquantized Linear weight and every bias is cast to FP8 without a scale"),
+        _rule([HEADER, T5XXL], WRONG, "T5 is read in the legacy layout only"),
+        _rule([HEADER, E5M2], FAILS, "float8_e5m2 entries are unknown (KeyError)"),
+        _rule([HEADER, ALL_IN_ONE], WRONG, "all-in-one checkpoints are read in the legacy layout only (noise)"),
+        _rule(
+            [HEADER, TEXT_ENCODER],
+            DEGRADED,
+            "text encoders of Flux.2 and Z-Image are read; those of Qwen-Image, Lumina 2, OmniGen2, HunyuanVideo and "
+            "HiDream need the legacy layout",
+        ),
+        _rule(
+            [HEADER],
+            EXACT,
+            "on an FP8 GPU or with little memory, everything outside Linear layers is cast to FP8 without a scale; "
+            "activations stay in 16 bits, whatever matmul is",
+        ),
+        _rule([INLINE], WRONG, "inline entries are not read: the codes are used as weights, without their scales"),
+        _rule([], WRONG, "not all layers are marked as scaled: codes are used as weights, without their scales"),
+    ),
+    "ComfyUI 0.33": (
+        _rule([ENTRIES, E5M2], EXACT, "if its comfy.quant_ops.QUANT_ALGOS lists float8_e5m2"),
+        _rule([ENTRIES], EXACT),
+        _rule([LEGACY, E5M2], WRONG, "legacy E5M2 is read as E4M3, without an error: the image is garbage"),
+        _rule([LEGACY], EXACT),
+        _rule([], WRONG, "not all layers are marked as scaled: codes are used as weights, without their scales"),
+    ),
+}
+"""ComfyUI version -> its rules. The first rule that applies decides."""
+
+
+def verdicts(
+    ways: Collection[str], formats: Collection[str], family: str, kind: str, all_in_one: bool
+) -> tuple[Verdict, ...]:
+    """The Verdict of each version.
+
+    ways: those of LEGACY, HEADER and INLINE that cover every scaled layer. formats: those of the layers. family, kind:
+    of the main network. all_in_one: whether its layers carry a prefix.
     """
-    old = _of_0_3_75(set(ways), "float8_e5m2" in formats, family, kind, all_in_one)
-    new = _of_0_33(set(ways), "float8_e5m2" in formats)
-    return Verdict("ComfyUI 0.3.75", *old), Verdict("ComfyUI 0.33", *new)
-
-
-def _of_0_3_75(ways: set[str], e5m2: bool, family: str, kind: str, all_in_one: bool) -> tuple[str, str]:
-    if "legacy" in ways:
-        return DEGRADED, "every unquantized Linear weight and every bias is cast to FP8 without a scale as well"
-    if "header" not in ways:
-        return WRONG, "inline entries are not read: the codes are taken for the weights"
-    if family == "t5xxl":
-        return WRONG, "T5 is read in the legacy layout only"
-    if e5m2:
-        return FAILS, "it knows no float8_e5m2 entry (KeyError)"
+    traits = {*ways, *formats, family, kind}
+    if {HEADER, INLINE} & traits:
+        traits.add(ENTRIES)
     if all_in_one:
-        return WRONG, "all-in-one checkpoints are read in the legacy layout only: the image is noise"
-    if kind == TEXT_ENCODER:
-        return DEGRADED, (
-            "it reads those of Flux.2 and Z-Image; those of Qwen-Image, Lumina 2, OmniGen2, HunyuanVideo and HiDream "
-            "need the legacy layout"
-        )
-    return EXACT, (
-        "on an FP8 GPU or with little memory, whatever is not in Linear layers is cast to FP8 without a scale, "
-        "and activations stay in 16 bits whatever matmul says"
+        traits.add(ALL_IN_ONE)
+    applying = {version: next(rule for rule in rules if rule.traits <= traits) for version, rules in VERSIONS.items()}
+    return tuple(Verdict(version, rule.outcome, rule.text) for version, rule in applying.items())
+
+
+WAYS = {"native": (HEADER, INLINE), "legacy": (LEGACY,)}
+"""Layout -> the ways in which it marks a layer."""
+
+FIRST_NEW = (0, 4)
+"""The first version that loads files as 0.33 does."""
+
+
+def layout_verdicts(layout: str, formats: Collection[str], components: Components) -> tuple[Verdict, ...]:
+    """The Verdict of each version on a file that the pack writes. layout: a key of LAYOUTS. formats: of its layers."""
+    main = components.main
+    return verdicts(WAYS[layout], formats, main.family, main.preset.kind, components.all_in_one)
+
+
+def is_new(version: str) -> bool:
+    """Whether a version such as "0.8.0" loads files as 0.33 does. Older ones load them as 0.3.75 does."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2]) >= FIRST_NEW
+
+
+def verdict_of(version: str, every: Iterable[Verdict]) -> Verdict:
+    """The one among the verdicts of all versions that holds for a running ComfyUI."""
+    old, new = VERSIONS
+    column = new if is_new(version) else old
+    return next(verdict for verdict in every if verdict.generation == column)
+
+
+def check_usable(version: str, layout: str, formats: Collection[str], components: Components) -> Verdict:
+    """The Verdict of a running ComfyUI on a file that the pack would write.
+
+    Raises ValueError where it would show a wrong image or not load: one line with what happens and the way out.
+    """
+
+    def verdict(layout: str, formats: Collection[str]) -> Verdict:
+        return verdict_of(version, layout_verdicts(layout, formats, components))
+
+    found = verdict(layout, formats)
+    if found.usable:
+        return found
+    others = [f"layout {other}" for other in WAYS if other != layout and verdict(other, formats).usable]
+    others += [other for other in FORMATS if {other} != {*formats} and verdict(layout, [other]).usable]
+    raise ValueError(
+        f"ComfyUI {version} {_WOULD[found.outcome]}: {found.text}. Choose {' or '.join(others)}, or turn on "
+        "for_another_comfyui to write it for another installation"
     )
 
 
-def _of_0_33(ways: set[str], e5m2: bool) -> tuple[str, str]:
-    if ways & {"header", "inline"}:
-        return EXACT, "if its comfy.quant_ops.QUANT_ALGOS lists float8_e5m2" if e5m2 else ""
-    if "legacy" not in ways:
-        return WRONG, "nothing says that the codes are scaled: they are taken for the weights"
-    if e5m2:
-        return WRONG, "legacy E5M2 is silently read as E4M3: garbage"
-    return EXACT, ""
+_WOULD = {WRONG: "would show a wrong image from this file", FAILS: "would not load this file"}
+
+_MARKINGS = {
+    "header, with or without inline (`native` writes both)": [HEADER],
+    "inline only": [INLINE],
+    "`legacy`": [LEGACY],
+    "none, or not all layers": [],
+}
+_FORMATS = {"E4M3": E4M3, "E5M2": E5M2}
+_NETWORKS = {
+    "diffusion model": ("unknown", DIFFUSION, False),
+    "all-in-one checkpoint": ("unknown", DIFFUSION, True),
+    "T5-XXL": (T5XXL, TEXT_ENCODER, False),
+    "LLM text encoder": (LLM, TEXT_ENCODER, False),
+}
+
+
+def markdown_table() -> str:
+    """The rules as a Markdown table, then a numbered list of the texts. Networks with equal cells share a row."""
+    notes: dict[str, int] = {}
+
+    def cell(verdict: Verdict) -> str:
+        if not verdict.text:
+            return verdict.outcome
+        return f"{verdict.outcome} ({notes.setdefault(verdict.text, len(notes) + 1)})"
+
+    rows = [["layers marked by", "format", "file", *VERSIONS], ["---"] * (3 + len(VERSIONS))]
+    for marking, ways in _MARKINGS.items():
+        for name, format in _FORMATS.items():
+            for networks, row in _rows(ways, format):
+                rows.append([marking, name, networks, *map(cell, row)])
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*table, "", *(f"{number}. {text}" for text, number in notes.items())])
+
+
+def _rows(ways: Iterable[str], format: str) -> Iterator[tuple[str, tuple[Verdict, ...]]]:
+    """(names of the networks, their verdicts) for each group of networks with equal verdicts."""
+    groups: dict[tuple[Verdict, ...], list[str]] = {}
+    for name, network in _NETWORKS.items():
+        groups.setdefault(verdicts([*ways], [format], *network), []).append(name)
+    for row, names in groups.items():
+        yield "any" if len(names) == len(_NETWORKS) else ", ".join(names), row

@@ -1,4 +1,4 @@
-"""Is this scaled FP8 file sound, and what will each ComfyUI generation make of it?"""
+"""Verifies scaled FP8 files: every known problem, and what each ComfyUI version makes of the file."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
+from .. import display
 from ..files.reader import Source, open_source
 from ..numerics.formats import FORMATS
 from ..numerics.scaling import SMALLEST_SCALE
-from ..selection.presets import PRESETS, UNTOUCHED, Components, diffusers_model
+from ..selection.presets import NEVER_QUANTIZED, PRESETS, Components, diffusers_model
 from ..selection.selection import SIDE_MULTIPLE, is_linear
 from .compatibility import Verdict, verdicts
-from .layouts import HEADER_ENTRY, Markings, ScaledLayer, read_markings, scaled_layers
+from .layouts import HEADER_ENTRY, ScaledLayer
+from .markings import Markings, read_markings, scaled_layers
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a user should know about a file."""
+    """One problem of a file, or a remark about it."""
 
     severity: str
-    """ERROR (a wrong image or no image), WARNING (worse than need be, or wrong in some versions) or NOTE."""
+    """ERROR (a wrong image, or none), WARNING (loses quality, or fails in some versions) or NOTE."""
     code: str
-    """A short name of the kind of finding, for programs."""
+    """The kind of finding, for programs."""
     where: str
     """Tensor, layer or prefix; "" for the whole file."""
     what: str
-    """What goes wrong, in the image wherever it shows there."""
+    """What is wrong, and what becomes of the image."""
     repair: str
-    """How to put it right."""
+    """How to repair it."""
     repairable: bool = False
-    """Whether `repair_file` does it."""
+    """Whether `repair_file` can repair it."""
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.where + ': ' if self.where else ''}{self.what}. {self.repair}."
@@ -48,7 +51,7 @@ class Inspection:
     """File name, no path."""
     family: str
     scaled: int
-    """How many layers are scaled FP8."""
+    """Number of scaled FP8 layers."""
     formats: tuple[str, ...]
     ways: tuple[str, ...]
     """Those of "legacy", "header" and "inline" that cover every scaled layer."""
@@ -57,7 +60,7 @@ class Inspection:
 
     @property
     def ok(self) -> bool:
-        """No finding is an error."""
+        """Whether no finding is an error."""
         return not any(finding.severity == ERROR for finding in self.findings)
 
     @property
@@ -66,33 +69,33 @@ class Inspection:
 
     @property
     def summary(self) -> str:
-        """A few lines of plain words."""
-        title = PRESETS[self.family].title
+        """A line about the file, one per ComfyUI version and one per finding."""
+        title = f"{PRESETS[self.family].title}, {display.count(self.scaled, 'scaled FP8 layer')}"
         kinds = Counter(finding.severity for finding in self.findings)
-        counts = ", ".join(f"{kinds[kind]} {kind}{'s' * (kinds[kind] > 1)}" for kind in (ERROR, WARNING) if kinds[kind])
+        counts = ", ".join(display.count(kinds[kind], kind) for kind in (ERROR, WARNING) if kinds[kind])
         lines = [
-            f"{self.source}: {title}, {self.scaled} scaled FP8 layers ({', '.join(self.formats) or 'no FP8'}; "
-            f"marked: {', '.join(self.ways) or 'not at all'}): {counts or 'no faults'}",
+            f"{self.source}: {title} ({', '.join(self.formats) or 'no FP8'}; "
+            f"marked: {', '.join(self.ways) or 'not at all'}): {counts or 'no problems'}",
             *(f"{v.generation}: {v.outcome}{' (' + v.text + ')' if v.text else ''}" for v in self.verdicts),
             *map(str, self.findings),
         ]
         return "\n".join(lines)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ok": self.ok}
 
 
-def inspect_file(path: str | os.PathLike, deep: bool = False) -> Inspection:
-    """Look for every known fault of scaled FP8 files. Reads headers, markers and scales; with `deep` all FP8 codes.
+def inspect_file(path: str | os.PathLike[str], deep: bool = False) -> Inspection:
+    """Look for every known problem of scaled FP8 files. Reads header, entries and scales; with `deep`, all FP8 codes.
 
-    Raises CheckpointError where the file is no sound safetensors file in the first place.
+    Raises CheckpointError if the file is not a valid safetensors file.
     """
     with open_source(path) as source:
         return inspect_source(source, deep)
 
 
 def inspect_source(source: Source, deep: bool = False) -> Inspection:
-    """As inspect_file, for an open file."""
+    """inspect_file for an open file."""
     inspector = _Inspector(source)
     findings = inspector.findings(deep)
     formats = tuple(sorted({layer.format for layer in inspector.layers.values()}))
@@ -146,12 +149,12 @@ class _Inspector:
             yield Finding(ERROR, "unreadable_entry", where, f"{text}, so ComfyUI fails to load the file", _REPAIR, True)
         model = diffusers_model(self.tensors)
         if model and self.fp8:
-            what = f"{model} in the diffusers layout: ComfyUI's loader drops the scales and the image is noise"
+            what = f"{model} in the diffusers layout: ComfyUI's loader drops the scales, and the image is noise"
             yield Finding(ERROR, "diffusers_layout", "", what, "Quantize the ComfyUI version of this model instead")
         if self.components.main.family == "unknown":
-            yield Finding(NOTE, "unknown_family", "", "no known model family", "Nothing needs to be done")
+            yield Finding(NOTE, "unknown_family", "", "the model family is unknown", "Nothing needs to be done")
         if not self.fp8:
-            yield Finding(NOTE, "no_fp8", "", "there is no FP8 weight in this file", "Nothing needs to be done")
+            yield Finding(NOTE, "no_fp8", "", "the file has no FP8 weights", "Nothing needs to be done")
         for prefix, marker in self.markings.legacy.items():
             yield from self.legacy_marker(prefix, marker.dtype)
 
@@ -162,7 +165,7 @@ class _Inspector:
             what = f"the marker says {dtype}, the weights are {', '.join(sorted(formats))}: the image is garbage"
             yield Finding(ERROR, "marker_dtype", where, what, _REPAIR, True)
         if "float8_e5m2" in formats and not self.names <= self.markings.header.keys():
-            what = "newer ComfyUI versions silently read legacy E5M2 as E4M3: the image is garbage there"
+            what = "newer ComfyUI versions read legacy E5M2 as E4M3, without an error: the image is garbage"
             yield Finding(ERROR, "legacy_e5m2", where, what, _REPAIR, True)
 
     def entries(self) -> Iterator[Finding]:
@@ -170,10 +173,10 @@ class _Inspector:
         for layer in self.layers.values():
             legacy_scale = marks.weight_scales[layer.name].endswith(".scale_weight")
             if legacy_scale and layer.prefix not in marks.legacy:
-                what = "has a scale_weight but the file has no scaled_fp8 marker, so the scale is ignored: noise"
+                what = "has a scale_weight, but the file has no scaled_fp8 marker: ComfyUI ignores the scale (noise)"
                 yield Finding(ERROR, "missing_marker", layer.name, what, _REPAIR, True)
             elif legacy_scale and layer.name in marks.header:
-                what = "is marked in the header, which makes newer versions ignore scale_weight: they fail to load it"
+                what = "has a scale_weight and a header entry: newer versions ignore the scale and fail to load it"
                 yield Finding(ERROR, "mixed_layouts", layer.name, what, _REPAIR, True)
             elif not legacy_scale:
                 yield from self.native_entries(layer)
@@ -182,13 +185,13 @@ class _Inspector:
         marks = self.markings
         bare = layer.name.removeprefix(layer.prefix)
         if layer.prefix and bare in marks.header:
-            what = f"is named in the header without {layer.prefix!r}: its scale is not found and the image is noise"
+            what = f"is named in the header without {layer.prefix!r}: its scale is not found, and the image is noise"
             yield Finding(ERROR, "unprefixed_name", layer.name, what, _REPAIR, True)
         elif layer.name not in marks.header and layer.name not in marks.inline:
-            what = "has a scale but neither a header nor an inline entry, so the scale is ignored: noise"
+            what = "has a scale, but no header entry and no inline entry: ComfyUI ignores the scale (noise)"
             yield Finding(ERROR, "missing_entry", layer.name, what, _REPAIR, True)
         elif layer.name not in marks.header:
-            what = "has only an inline entry: ComfyUI 0.3.75 ignores its scale and makes a wrong image"
+            what = "has only an inline entry: ComfyUI 0.3.75 ignores the scale, and the image is wrong"
             yield Finding(WARNING, "inline_only", layer.name, what, _REPAIR, True)
         for entries, place in ((marks.header, HEADER_ENTRY), (marks.inline, "comfy_quant")):
             if layer.name in entries:
@@ -196,7 +199,7 @@ class _Inspector:
 
     def entry(self, layer: ScaledLayer, entry: object, place: str) -> Iterator[Finding]:
         if not isinstance(entry, dict):
-            what = f'its {place} entry is {entry!r} where ComfyUI wants {{"format": …}}: loading fails (AttributeError)'
+            what = f'its {place} entry is {entry!r}, not {{"format": …}}: loading fails (AttributeError)'
             yield Finding(ERROR, "entry_not_object", layer.name, what, _REPAIR, True)
         elif entry.get("format") != layer.format:
             what = f"its {place} entry says {entry.get('format')}, the weight is {layer.format}: the image is garbage"
@@ -207,15 +210,15 @@ class _Inspector:
             name = self.markings.weight_scales[layer.name]
             info = self.tensors[name]
             if info.elements != 1:
-                what = f"has shape {info.shape}, where FP8 layers have one number: loading fails or the image is wrong"
+                what = f"has shape {info.shape}, not one number for the layer: loading fails or the image is wrong"
                 yield Finding(ERROR, "scale_shape", name, what, _QUANTIZE_AGAIN)
                 continue
             if info.dtype != "float32":
-                what = f"is {info.dtype}: every weight of the layer is off by as much as {info.dtype} rounds, and some "
-                what += "versions crash; it must be float32"
+                what = f"is {info.dtype} and must be float32: its rounding error is in every weight of the layer, and "
+                what += "some versions crash"
                 yield Finding(ERROR, "scale_dtype", name, what, _REPAIR, True)
             elif info.shape:
-                what = f"has shape {info.shape}, on which ComfyUI 0.3.75 can fail; it must be 0-dim"
+                what = f"has shape {info.shape} and must be 0-dim: ComfyUI 0.3.75 can fail to load it"
                 yield Finding(ERROR if len(info.shape) > 1 else WARNING, "scale_shape", name, what, _REPAIR, True)
             yield from self.scale_value(name)
 
@@ -223,19 +226,19 @@ class _Inspector:
         value = self.source.read(name).float().item()
         if not (math.isfinite(value) and value > 0):
             what = (
-                f"is {value:g}: the layer gives {'zeros' if value == 0 else 'garbage'} and the image is black or noise"
+                f"is {value:g}: the layer outputs {'zeros' if value == 0 else 'garbage'}, the image is black or noise"
             )
             yield Finding(ERROR, "scale_value", name, what, _QUANTIZE_AGAIN)
         elif value < SMALLEST_SCALE:
             what = (
-                f"is {value:g}, which GPUs that multiply in fp16 cannot hold exactly: the layer loses precision there"
+                f"is {value:g}: GPUs that multiply in fp16 cannot represent it exactly, and the layer loses precision"
             )
             yield Finding(WARNING, "scale_small", name, what, _QUANTIZE_AGAIN)
 
     def orphans(self) -> Iterator[Finding]:
         marks = self.markings
         for layer, name in marks.weight_scales.items():
-            if layer not in self.names and not _foreign(marks.entry(layer)):
+            if layer not in self.names and not _other_format(marks.entry(layer)):
                 weight = self.tensors.get(f"{layer}.weight")
                 state = f"is {weight.dtype}" if weight else "is not in the file"
                 what = f"is a scale, but the layer's weight {state}"
@@ -246,34 +249,33 @@ class _Inspector:
             ("comfy_quant", marks.inline, self.names),
         ):
             for layer, entry in entries.items():
-                # An FP8 weight without its scale is told as such.
+                # An FP8 weight without a scale is a finding of its own.
                 if layer not in known and f"{layer}.weight" not in self.fp8:
                     yield self.orphan_entry(layer, entry, place)
         prefixes = {layer.prefix for layer in self.layers.values()}
         for prefix in sorted(marks.legacy.keys() - prefixes):
-            what = "marks scaled layers where there are none: old versions cast every Linear weight to FP8 unscaled"
+            what = "marks scaled layers, but there are none: old versions cast Linear weights to FP8 without a scale"
             yield Finding(WARNING, "orphan_marker", prefix + "scaled_fp8", what, _REPAIR, True)
 
     def orphan_entry(self, layer: str, entry: object, place: str) -> Finding:
-        if _foreign(entry):
-            what = f"is quantized as {entry['format']}, which is not FP8 and is not inspected"
+        if other := _other_format(entry):
+            what = f"is quantized as {other}, which is not FP8 and is not inspected"
             return Finding(NOTE, "other_format", layer, what, "Nothing needs to be done")
         if f"{layer}.weight" in self.tensors:
-            what = f"has a {place} entry but its weight is not FP8: loading fails"
+            what = f"has a {place} entry, but its weight is not FP8: loading fails"
             return Finding(ERROR, "orphan_entry", layer, what, _REPAIR, True)
-        return Finding(WARNING, "orphan_entry", layer, f"has a {place} entry but no weight", _REPAIR, True)
+        return Finding(WARNING, "orphan_entry", layer, f"has a {place} entry, but no weight", _REPAIR, True)
 
     def weights(self) -> Iterator[Finding]:
         for name, info in self.fp8.items():
             scaled = name in self.layers
             component = self.components.of(name)
-            kind = component.preset.kind if component else None
-            if kind == UNTOUCHED and scaled:
+            if component and component.preset.kind == NEVER_QUANTIZED and scaled:
                 what = f"is quantized, but {component.preset.reason}"
                 yield Finding(ERROR, "quantized_untouchable", name, what, _DEQUANTIZE, True)
             elif not is_linear(name, info):
                 if scaled:
-                    what = "is quantized but belongs to no Linear layer: its scale is ignored and the image is wrong"
+                    what = "is quantized, but is not a Linear weight: its scale is ignored, and the image is wrong"
                     yield Finding(ERROR, "quantized_no_linear", name, what, _DEQUANTIZE, True)
             elif not scaled and self.layers:
                 yield self.weight_without_scale(name)
@@ -281,32 +283,33 @@ class _Inspector:
                 what = f"has a side not divisible by {SIDE_MULTIPLE}: FP8 GPUs cannot multiply it and may fail"
                 yield Finding(WARNING, "odd_side", name, what, "Quantize the 16-bit model again, without this layer")
         if self.fp8 and not self.layers:
-            what = "the FP8 weights have no scales: whatever was larger than the format's range or very small is lost"
+            what = "the FP8 weights have no scales: values beyond the format's range and very small values are lost"
             yield Finding(WARNING, "unscaled", "", what, "Quantize the 16-bit model with scales for a better image")
 
     def weight_without_scale(self, name: str) -> Finding:
         layer = name.removesuffix(".weight")
         marks = self.markings
         if layer in marks.header or layer in marks.inline or self.components.prefix_of(name) in marks.legacy:
-            what = "is marked as scaled FP8 but has no scale: noise, or a TypeError on loading"
+            what = "is marked as scaled FP8, but has no scale: noise, or loading fails (TypeError)"
             return Finding(ERROR, "missing_scale", name, what, _QUANTIZE_AGAIN)
-        what = "is FP8 with neither scale nor entry in a file of scaled layers: noise, unless it was made without scale"
+        what = "is FP8 without a scale or entry, beside scaled layers: noise, unless it was made without a scale"
         return Finding(WARNING, "unscaled_weight", name, what, _QUANTIZE_AGAIN)
 
     def codes(self) -> Iterator[Finding]:
-        """Codes that are NaN or infinite: a saturating quantizer makes none."""
+        """Codes that are NaN or infinite. A saturating quantizer produces none."""
         for name in self.fp8:
             bad = int((~self.source.read(name).float().isfinite()).sum())
             if bad:
-                what = f"holds {bad} NaN or infinite codes: black images"
+                what = f"holds {bad} NaN or infinite codes: the image is black"
                 yield Finding(ERROR, "nan_codes", name, what, _QUANTIZE_AGAIN)
 
 
 _REPAIR = "Repair rewrites it"
 _QUANTIZE_AGAIN = "Quantize the 16-bit model again"
-_DEQUANTIZE = "Repair dequantizes it; quantizing the 16-bit model again loses less"
+_DEQUANTIZE = "Repair dequantizes it; quantizing the 16-bit model again gives a better image"
 
 
-def _foreign(entry: object) -> bool:
-    """Whether an entry is of a quantization that is not FP8."""
-    return isinstance(entry, dict) and isinstance(entry.get("format"), str) and entry["format"] not in FORMATS
+def _other_format(entry: object) -> str:
+    """The format of an entry that is not FP8, or ""."""
+    format = entry.get("format") if isinstance(entry, dict) else None
+    return format if isinstance(format, str) and format not in FORMATS else ""

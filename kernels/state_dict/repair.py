@@ -1,30 +1,26 @@
-"""Rewrites a faulty scaled FP8 file as far as that goes without the 16-bit model."""
+"""Rewrites a faulty scaled FP8 file as far as that is possible without the 16-bit model."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ..choices import choose
+import torch
+
 from ..errors import file_error
 from ..files.header import TensorInfo
 from ..files.reader import Source, open_source
-from ..files.writer import check_target, refuse_same_file, writing
+from ..files.writer import check_target, refuse_same_file
 from ..numerics.quantized_tensor import dequantize_tensor
-from ..selection.presets import UNTOUCHED, Components
-from ..selection.selection import is_linear
-from .inspection import ERROR, Inspection, inspect_file, inspect_source
-from .layouts import (
-    FULL_PRECISION,
-    HEADER_ENTRY,
-    LAYOUTS,
-    Markings,
-    ScaledLayer,
-    read_markings,
-    read_scale,
-    scaled_layers,
-)
+from ..selection.presets import NEVER_QUANTIZED, Components
+from ..selection.selection import QUANTIZABLE_DTYPES, is_linear
+from .inspection import ERROR, Inspection, inspect_source
+from .layouts import FULL_PRECISION, HEADER_ENTRY, ScaledLayer
+from .markings import Markings, read_markings, read_scale, scaled_layers
+from .scaled_state_dict import FileEntry, ScaledStateDict, ScaledWeight, TensorEntry
+from .write import write_state_dict
 
 
 def repair_file(
@@ -32,8 +28,8 @@ def repair_file(
 ) -> Inspection:
     """Write a sound copy of a scaled FP8 file: every code bit for bit, scales in fp32 0-dim, markers of one layout.
 
-    Orphan scales and entries are dropped; what ComfyUI cannot take as FP8 (norms, convolutions, embeddings, CLIP-L
-    and CLIP-G, VAE) is dequantized to float32. Returns the inspection of the new file.
+    Orphan scales and entries are dropped. Weights that ComfyUI cannot use in FP8 (norms, convolutions, embeddings,
+    CLIP-L and CLIP-G, VAE) are dequantized to fp32. Returns the inspection of the new file.
     Raises CheckpointError where scales are missing or broken, and as quantize_file for files.
     """
     target = Path(target)
@@ -47,57 +43,53 @@ def repair_file(
         broken = [finding for finding in findings if finding.severity == ERROR and not finding.repairable]
         if broken:
             raise file_error(source.path, f"cannot be repaired: {broken[0]} ({len(broken)} such findings)")
-        _Repair(source, layout).write(target, overwrite)
-    return inspect_file(target)
+        return write_state_dict(repaired_state_dict(source), target, layout=layout, overwrite=overwrite)
 
 
-class _Repair:
-    def __init__(self, source: Source, layout: str):
-        self.source = source
-        self.layout = choose(LAYOUTS, layout, "layout")
-        self.markings: Markings = read_markings(source)
-        parameters = {name: info for name, info in source.tensors.items() if name not in self.markings.tensors}
-        self.components = Components(parameters)
-        scaled = scaled_layers(source.tensors, self.markings, self.components.prefix_of)
-        self.layers = {name: self._declared(layer) for name, layer in scaled.items() if self._allowed(name)}
-        self.dequantize = {name: layer for name, layer in scaled.items() if name not in self.layers}
-        self.copies = {name: name for name in parameters if name not in self.dequantize} | {
-            layer.name + self.layout.input_scale: self.markings.input_scales[layer.name]
-            for layer in self.layers.values()
-            if layer.name in self.markings.input_scales
-        }
+def repaired_state_dict(source: Source) -> ScaledStateDict:
+    """The state dict that a file means, whatever its markings say wrongly."""
+    markings = read_markings(source)
+    kept = {name: info for name, info in source.tensors.items() if not _is_obsolete(name, source, markings)}
+    components = Components(kept)
+    scaled = scaled_layers(source.tensors, markings, components.prefix_of)
+    state = ScaledStateDict(metadata={name: text for name, text in source.metadata.items() if name != HEADER_ENTRY})
+    for name, info in kept.items():
+        if name not in scaled:
+            state.tensors[name] = FileEntry(source, name)
+            continue
+        scale = read_scale(source, markings.weight_scales[scaled[name].name])
+        component = components.of(name)
+        untouched = component is not None and component.preset.kind == NEVER_QUANTIZED
+        if untouched or not is_linear(name, info):
+            dequantized = partial(_dequantized, source, name, scale)
+            state.tensors[name] = TensorEntry(TensorInfo("float32", info.shape), dequantized)
+        else:
+            state.add_weight(name, _weight(source, markings, scaled[name], scale))
+    return state
 
-    def write(self, target: Path, overwrite: bool) -> None:
-        constants = self.layout.markers(self.layers.values()) | {
-            layer.name + self.layout.weight_scale: self._scale(layer) for layer in self.layers.values()
-        }
-        infos = (
-            {name: self.source.tensors[original] for name, original in self.copies.items()}
-            | {name: TensorInfo("float32", self.source.tensors[name].shape) for name in self.dequantize}
-            | {name: TensorInfo.of(tensor) for name, tensor in constants.items()}
-        )
-        metadata = {name: text for name, text in self.source.metadata.items() if name != HEADER_ENTRY}
-        metadata |= self.layout.metadata(self.layers.values())
-        with writing(target, infos, metadata, overwrite=overwrite) as writer:
-            for name in writer.order:
-                if name in constants:
-                    writer.write(name, constants[name])
-                elif name in self.dequantize:
-                    codes = self.source.read(name)
-                    writer.write(name, dequantize_tensor(codes, self._scale(self.dequantize[name])))
-                else:
-                    writer.copy(name, self.source, self.copies[name])
 
-    def _allowed(self, name: str) -> bool:
-        component = self.components.of(name)
-        untouched = component is not None and component.preset.kind == UNTOUCHED
-        return not untouched and is_linear(name, self.source.tensors[name])
+def _is_obsolete(name: str, source: Source, markings: Markings) -> bool:
+    """Whether a tensor is a marking that is written anew or dropped. Scales of int8 or NVFP4 codes are not."""
+    if name not in markings.tensors:
+        return False
+    weight = source.tensors.get(f"{markings.tensors[name]}.weight")
+    return weight is None or weight.dtype in QUANTIZABLE_DTYPES
 
-    def _declared(self, layer: ScaledLayer) -> ScaledLayer:
-        """16-bit activations unless the file says otherwise: a file that says nothing has lost what it said."""
-        entry = self.markings.entry(layer.name, layer.prefix)
-        said = FULL_PRECISION in entry or layer.name in {*self.markings.header, *self.markings.inline}
-        return layer if said else replace(layer, full_precision=True)
 
-    def _scale(self, layer: ScaledLayer):
-        return read_scale(self.source, self.markings.weight_scales[layer.name])
+def _weight(source: Source, markings: Markings, layer: ScaledLayer, scale: torch.Tensor) -> ScaledWeight:
+    """full_precision: on, unless the file says otherwise. A file that says nothing has lost what it said."""
+    entry = markings.entry(layer.name, layer.prefix)
+    declared = FULL_PRECISION in entry or layer.name in {*markings.header, *markings.inline}
+    input_scale = markings.input_scales.get(layer.name)
+    return ScaledWeight(
+        layer if declared else replace(layer, full_precision=True),
+        source.tensors[layer.weight].shape,
+        FileEntry(source, layer.weight),
+        scale,
+        read_scale(source, input_scale) if input_scale else None,
+        source_bytes=source.tensors[layer.weight].nbytes,
+    )
+
+
+def _dequantized(source: Source, name: str, scale: torch.Tensor) -> torch.Tensor:
+    return dequantize_tensor(source.read(name), scale)

@@ -1,1 +1,1 @@
-"""Measurements of roundings: all of them on the weights of a model, one of them on a range of values."""
+"""Measurements of roundings: on the weights of a model (comparison), and over a range of values (rounding_curve)."""

@@ -1,0 +1,78 @@
+"""What a user should know about a quantization, one plain sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..calibration.gptq import TRUSTED_ROWS
+from ..display import count
+from ..numerics.rounding import CALIBRATED
+from ..recipe import Recipe
+from ..report.report import KeptTensor, LayerReport
+from ..selection.reasons import NON_FINITE
+from ..state_dict.scaled_state_dict import ScaledWeight
+
+MOST_NAMED = 20
+"""Layers that one note lists."""
+
+
+def source_notes(*, dequantized: int, staying: int, unpacked: int, unscaled: int, patched: int) -> Iterator[str]:
+    """How many weights were scaled FP8 already and are quantized again, stay so, or are kept in 16 bits because a patch
+    changes them; how many were FP8 without a scale; how many carry patches."""
+    if dequantized:
+        already = count(dequantized, "layer")
+        yield f"{already} already in scaled FP8: dequantized first, so the error of the first rounding stays"
+    if staying:
+        yield f"{count(staying, 'layer')} already in scaled FP8: left unchanged, bit for bit"
+    if unpacked:
+        yield f"{count(unpacked, 'layer')} already in scaled FP8, but patched: kept in 16 bits, patches applied"
+    if unscaled:
+        yield f"{count(unscaled, 'layer')} in FP8 without a scale: what that lost cannot be recovered"
+    if patched:
+        yield f"{count(patched, 'weight')} with patches (LoRA): applied in full precision, then rounded once"
+
+
+def finely_scaled_note(layers: int) -> str:
+    """How many weights of the source were FP8 with a scale per row or block."""
+    return (
+        f"{count(layers, 'layer')} in FP8 with a scale per row or block: dequantized first, so the error of the first "
+        "rounding stays"
+    )
+
+
+def nonfinite_notes(kept: Iterable[KeptTensor]) -> Iterator[str]:
+    """Weights that are kept because of NaN or infinite values."""
+    for tensor in kept:
+        if tensor.reason.kind == NON_FINITE:
+            yield f"{tensor.key} is kept: it {tensor.reason.text}"
+
+
+def matmul_notes(recipe: Recipe, weights: Sequence[ScaledWeight]) -> Iterator[str]:
+    """FP8 matmul without input scales."""
+    if recipe.matmul == "fp8" and not any(weight.input_scale is not None for weight in weights):
+        yield "matmul fp8 without input scales: FP8 GPUs clamp activations at ±448, which costs quality"
+
+
+def calibration_notes(recipe: Recipe, layers: Iterable[LayerReport]) -> Iterator[str]:
+    """Layers that calibrated rounding could not improve, or knows little about."""
+    if recipe.rounding != CALIBRATED.name:
+        return
+    errors = {layer.key: layer.output_error for layer in layers}
+    groups = (
+        (
+            [key for key, error in errors.items() if error is None],
+            "rounded to nearest, because the calibration has no inputs of this width for them",
+        ),
+        (
+            [key for key, error in errors.items() if error and error.chosen == error.nearest > 0],
+            "rounded to nearest, because calibrated rounding would not be better",
+        ),
+        (
+            [key for key, error in errors.items() if error and error.rows < TRUSTED_ROWS],
+            f"calibrated with more damping, on fewer than {TRUSTED_ROWS:,} rows: more runs would help them",
+        ),
+    )
+    for keys, text in groups:
+        if keys:
+            more = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
+            yield f"{len(keys)} of {count(len(errors), 'layer')} were {text}: {', '.join(keys[:MOST_NAMED])}{more}"

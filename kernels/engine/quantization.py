@@ -1,0 +1,256 @@
+"""The engine: weights, a recipe and perhaps a calibration -> a scaled state dict and a report.
+
+quantization = Quantization(weights, recipe, calibration)
+quantization.report()                      the plan: what will be quantized, and what is kept
+state = quantization.state_dict()          weights are pending
+write_state_dict(state, ...)               or make_codes(state, ...): the pass over the weights
+quantization.report()                      what it did
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from ..calibration.moments import Calibration
+from ..errors import NonFiniteError
+from ..numerics.error_statistics import ErrorStatistics
+from ..numerics.formats import FORMATS
+from ..numerics.placement import Placement
+from ..numerics.quantized_tensor import QuantizedTensor
+from ..numerics.scaling import tensor_to_amax
+from ..numerics.trace import trace
+from ..progress import Meter
+from ..recipe import Recipe, with_calibration
+from ..report.report import KeptTensor, LayerReport, Report
+from ..selection.presets import NEVER_QUANTIZED, TEXT_ENCODER
+from ..selection.reasons import NON_FINITE, NOT_LINEAR, Reason
+from ..selection.selection import Selection, select_layers
+from ..state_dict.layouts import ScaledLayer
+from ..state_dict.scaled_state_dict import Round, ScaledStateDict, ScaledWeight
+from ..version import VERSION
+from . import notes
+from .quantize_weight import check_calibration, input_scale, quantize_weight
+from .weights import Read, Weights
+
+log = logging.getLogger("stochastic_fp8")
+
+RECIPE_ENTRY = "stochastic_fp8"
+"""The metadata entry that says how a file was made."""
+
+LayerCallback = Callable[[int, int, "ErrorStatistics | None"], None]
+"""observe(layers done, layers in total, statistics of the one just done)"""
+
+
+def select(weights: Weights, recipe: Recipe) -> Selection:
+    """The weights that a recipe quantizes. Raises UnknownPatternError for a pattern that matches nothing."""
+    return select_layers(
+        weights.tensors,
+        layers=recipe.layers,
+        keep=recipe.keep,
+        only=recipe.only,
+        suffixes=recipe.suffixes,
+        linear_names=weights.linear_names,
+        kind=weights.kind,
+    )
+
+
+def recipe_entry(report: Report) -> dict[str, object]:
+    """What a file says about its quantization, as the JSON of RECIPE_ENTRY."""
+    return asdict(report.recipe) | {
+        "version": VERSION,
+        "source": report.source,
+        "family": report.family,
+        "quantized": [layer.key for layer in report.layers],
+        "kept_layers": [tensor.key for tensor in report.kept if tensor.reason.kind != NOT_LINEAR],
+    }
+
+
+class Quantization:
+    """One quantization: planned when it is made, carried out when its state dict is written or its codes are made."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        recipe: Recipe,
+        calibration: Calibration | None = None,
+        *,
+        device: torch.device | str | None = None,
+        statistics: bool = True,
+        observe: LayerCallback | None = None,
+    ):
+        """device: where to compute; None: on the CPU. statistics: gather error statistics for the report.
+
+        Raises CalibrationError where the recipe needs a calibration and there is none; UnknownPatternError; and the
+        source's error for weights that cannot be quantized from there.
+        """
+        check_calibration(recipe, calibration)
+        self.weights, self.calibration = weights, calibration
+        self.recipe = with_calibration(recipe, calibration.source) if calibration else recipe
+        self.selection = select(weights, recipe)
+        self._device = torch.device(device or "cpu")
+        self._statistics, self._observe = statistics, observe
+        self._scaled = weights.scaled
+        self._kept: dict[str, Reason] = dict(self.selection.kept)
+        self._results: dict[str, LayerReport] = {}
+        self._nonfinite: list[NonFiniteError] = []
+        weights.check(self.quantized, recipe)
+
+    @property
+    def quantized(self) -> list[str]:
+        """Names of the weights that are quantized."""
+        return [name for name in self.selection.quantize if name not in self._kept]
+
+    @property
+    def formats(self) -> list[str]:
+        """The FP8 formats of the result: that of the recipe, and those of scaled layers that are kept."""
+        quantized = set(self.quantized)
+        kept = {weight.layer.format for name, weight in self._scaled.items() if name not in quantized}
+        return sorted({self.recipe.format, *kept})
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all tensors of the source."""
+        return sum(info.nbytes for info in self.weights.tensors.values())
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes, in the source, of the weights that are quantized."""
+        return sum(self.weights.tensors[name].nbytes for name in self.quantized)
+
+    def check_anything_left(self) -> None:
+        """Raises the source's error where no weight is left to quantize, with the reasons."""
+        if not self.quantized:
+            reasons = dict.fromkeys(reason.text for reason in self._kept.values() if reason.kind != NOT_LINEAR)
+            text = "; ".join(reasons) or "there is no Linear layer that FP8 can hold"
+            raise self.weights.error(f"has nothing to quantize: {text}")
+
+    def keep_nonfinite(self, meter: Meter) -> None:
+        """Read every weight once, and keep those with NaN or infinite values.
+
+        A file needs this before its first byte is written, since its header holds all sizes.
+        """
+        names = self.quantized
+        with self.weights.reading(names, self._device) as reads:
+            for name, read in zip(names, reads, strict=True):
+                meter.start(self.selection.tensor_key(name), self.weights.tensors[name].nbytes)
+                x, _ = read()
+                if not math.isfinite(tensor_to_amax(x)):
+                    values = x.float()
+                    self._keep(name, int(values.isnan().sum()), int(values.isinf().sum()))
+
+    def state_dict(self) -> ScaledStateDict:
+        """The scaled state dict, whose quantized weights are pending."""
+        state = ScaledStateDict(metadata=dict(self.weights.metadata))
+        for name in self.weights.tensors:
+            if name in self._staying:
+                state.add_weight(name, self._scaled[name])
+            else:
+                state.tensors[name] = self.weights.entry(name)
+        for name in self.quantized:
+            state.add_weight(name, self._pending_weight(name))
+        state.start_pass = partial(self._rounding_pass, state)
+        return state
+
+    def report(self, extra_notes: Sequence[str] = ()) -> Report:
+        """The report; before the pass a plan, with amax and scale 0. extra_notes: what else the user should know."""
+        return Report(
+            self.weights.name,
+            self.selection.family,
+            self.recipe,
+            tuple(self._results.get(name) or self._layer_report(name) for name in self.quantized),
+            tuple(self._kept_tensor(name, reason) for name, reason in self._kept.items()),
+            self.selection.pattern_hits,
+            (*self.selection.notes, *self.weights.notes, *self._notes(), *extra_notes),
+        )
+
+    @property
+    def _staying(self) -> list[str]:
+        """Scaled weights that stay as they are, bit for bit: kept, and not changed by a patch."""
+        return [name for name in self._scaled if name in self._kept and name not in self.weights.patched]
+
+    def _pending_weight(self, name: str) -> ScaledWeight:
+        """Text encoders multiply in full precision anyway, and ComfyUI 0.3.75 cannot load a T5 that asks for it."""
+        component = self.selection.components.of(name)
+        full_precision = self.recipe.matmul == "full" and component.preset.kind != TEXT_ENCODER
+        layer = ScaledLayer(name.removesuffix(".weight"), self.recipe.format, full_precision, component.prefix)
+        measured = input_scale(self.calibration, self.selection.tensor_key(name), self.recipe)
+        info = self.weights.tensors[name]
+        return ScaledWeight(
+            layer,
+            info.shape,
+            input_scale=self.weights.input_scale(name) if measured is None else measured,
+            source_bytes=info.nbytes,
+        )
+
+    @contextmanager
+    def _rounding_pass(self, state: ScaledStateDict, names: Sequence[str]) -> Iterator[Iterator[tuple[str, Round]]]:
+        with self.weights.reading(names, self._device) as reads:
+            yield ((name, partial(self._round, state, name, read)) for name, read in zip(names, reads, strict=True))
+        if self._nonfinite:
+            tensors = "; ".join(f"{error.key} ({error.nan} NaN, {error.inf} infinite)" for error in self._nonfinite)
+            raise self.weights.error(
+                f"holds values that are not finite: {tensors}; nonfinite 'keep' leaves these tensors unchanged"
+            )
+
+    def _round(
+        self, state: ScaledStateDict, name: str, read: Read, buffer: torch.Tensor | None
+    ) -> QuantizedTensor | None:
+        """One weight; None for one with NaN or infinite values, which is kept or reported when the pass ends."""
+        key = self.selection.tensor_key(name)
+        x, send = read()
+        placement = Placement(self._device, buffer, leave_on_device=True, send=send)
+        try:
+            q = quantize_weight(x, key, self.recipe, self.calibration, statistics=self._statistics, placement=placement)
+        except NonFiniteError as error:
+            if self.recipe.nonfinite == "keep":
+                self._keep(name, error.nan, error.inf)
+                state.keep(name, self.weights.entry(name))
+            else:
+                self._nonfinite.append(error.with_traceback(None))  # the traceback would hold on to the tensor
+            return None
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", trace(key, x, q, rounding=self.recipe.rounding, seed=self.recipe.seed))
+        self._results[name] = self._layer_report(name, q)
+        if self._observe:
+            self._observe(len(self._results), len(self.quantized), q.error)
+        return q
+
+    def _keep(self, name: str, nan: int, inf: int) -> None:
+        self._kept[name] = Reason(NON_FINITE, detail=f"{nan} NaN and {inf} infinite values")
+
+    def _layer_report(self, name: str, q: QuantizedTensor | None = None) -> LayerReport:
+        """q: what the pass made of the weight; None in a plan."""
+        info, key = self.weights.tensors[name], self.selection.tensor_key(name)
+        amax, scale = (q.amax, q.scale.item()) if q else (0.0, 0.0)
+        error, output_error = (q.error, q.output_error) if q else (None, None)
+        return LayerReport(key, info.shape, info.dtype, info.nbytes, amax, scale, error, output_error)
+
+    def _kept_tensor(self, name: str, reason: Reason) -> KeptTensor:
+        info = self.weights.tensors[name]
+        return KeptTensor(self.selection.tensor_key(name), info.shape, info.dtype, info.nbytes, reason)
+
+    def _notes(self) -> Iterator[str]:
+        preset = self.selection.components.main.preset
+        if preset.kind == NEVER_QUANTIZED:
+            yield f"{self.weights.name} stays unchanged: {preset.reason}"
+        infos, scaled, patched = self.weights.tensors, self._scaled, self.weights.patched
+        quantized, staying = self.quantized, self._staying
+        yield from notes.source_notes(
+            dequantized=sum(name in scaled for name in quantized),
+            staying=len(staying),
+            unpacked=len(scaled) - sum(name in scaled for name in quantized) - len(staying),
+            unscaled=sum(infos[name].dtype in FORMATS and name not in scaled for name in quantized),
+            patched=len(patched),
+        )
+        yield from notes.nonfinite_notes(self._kept_tensor(name, reason) for name, reason in self._kept.items())
+        weights = [self._scaled[name] for name in staying] + [self._pending_weight(name) for name in quantized]
+        yield from notes.matmul_notes(self.recipe, weights)
+        if self._results:
+            yield from notes.calibration_notes(self.recipe, self._results.values())
