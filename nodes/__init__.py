@@ -1,10 +1,10 @@
-"""The nodes. To add one, import its class and append it to NODES."""
+"""The nodes of the pack. To add one, import its class and append it to NODES."""
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension
+from comfy_api.latest import ComfyExtension, io
 
-from . import routes  # noqa: F401 - answers what the page asks
+from . import routes  # noqa: F401 - registers the routes of the panels
 from .calibration import StochasticFP8Calibrate, StochasticFP8LoadCalibration, StochasticFP8SaveCalibration
 from .compare import StochasticFP8Compare, StochasticFP8RoundingCurve
 from .demo import StochasticFP8DemoModel
@@ -34,7 +34,7 @@ NODES = [
 
 
 class StochasticFP8Extension(ComfyExtension):
-    """What ComfyUI asks for the pack's nodes."""
+    """Lists the nodes for ComfyUI."""
 
-    async def get_node_list(self):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -1,48 +1,50 @@
-"""Calibration in the graph: what a MODEL's layers are fed while ComfyUI samples with it, and its file."""
+"""The nodes that record, save and load a calibration: the layer inputs of a MODEL while ComfyUI samples with it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-import comfy.samplers
 import folder_paths
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_api.latest import io
 
 import nodes as comfy_nodes
 
+from ..kernels import display
 from ..kernels.calibration.file import load_calibration, save_calibration
 from ..kernels.calibration.recorder import ActivationRecorder
-from ..kernels.report.table import describe_bytes, number_of
+from .files import new_path, output_folder, path_fingerprint, prefix_problem
 from .models import diffusion_network
 from .networks import Network
-from .options import LARGEST_SEED
-from .schema import CATEGORY, FP8Calibration, fit
+from .options import LARGEST_SEED, calibration_input, sampler_inputs, seed_input
+from .schema import CATEGORY, FP8Calibration, newer
 
 log = logging.getLogger("stochastic_fp8")
 
 FOLDER = "fp8_calibrations"
 """The folder under output/, and under models/, that Load FP8 Calibration lists."""
 
+DEFAULT_PREFIX = "calibration"
 
 MOST_ROWS = 4096
-"""Of what a layer is fed at once, for a large picture, a video or a batch, at most so many places are recorded:
-neighbours are alike, and over the steps of a run there are rows enough."""
+"""Positions of a large image, video or batch that are recorded per step and layer. Neighbours are alike, and further
+steps add other positions."""
 
 
 @contextmanager
-def observing(network: Network, observer: ActivationRecorder) -> Iterator[None]:
-    """Let an observer see the inputs of every Linear of a network, by tensor key, until the block ends."""
+def recording(network: Network, recorder: ActivationRecorder) -> Iterator[None]:
+    """Record the inputs of every Linear layer of a network, by tensor key, until the block ends."""
 
-    def hook_of(key: str):
-        def see(module, arguments, keywords):
+    def hook_of(key: str) -> Callable[[Any, tuple, dict[str, Any]], None]:
+        def record(module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
             throw_exception_if_processing_interrupted()
-            observer.observe(key, arguments[0] if arguments else keywords["input"])
+            recorder.observe(key, arguments[0] if arguments else keywords["input"])
 
-        return see
+        return record
 
     with ExitStack() as hooks:
         for name in sorted(network.linear_names):
@@ -53,90 +55,50 @@ def observing(network: Network, observer: ActivationRecorder) -> Iterator[None]:
 
 
 class StochasticFP8Calibrate(io.ComfyNode):
-    """Renders, and records the second moment of what each Linear is fed."""
+    """Renders with a MODEL and records the second moment of each Linear layer's inputs."""
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8Calibrate",
             display_name="FP8 Calibration",
             category=CATEGORY,
             search_aliases=["calibrate", "gptq", "activations", "fp8"],
             description=(
-                "Renders a few images with your model and records what flows into its layers. Connected to a quantize "
-                "node whose rounding is calibrated, it cuts the loss of FP8 to about a third, at the same file size. "
-                "Use prompts and settings like those you will use, 8 images or more; chain several of these nodes for "
-                "several prompts."
+                "Renders a few images with your model and records the inputs of its layers. Connect it to a quantize "
+                "node with rounding calibrated: the error of the layers' outputs drops to about a third, at the same "
+                "file size. Use prompts and settings like those you will render with, and at least 8 images. For "
+                "several prompts, chain several of these nodes."
             ),
             inputs=[
-                fit(io.Model.Input, "model", tooltip="The model that will be quantized, in 16 bits, LoRAs included."),
-                fit(io.Conditioning.Input, "positive", tooltip="What to render: a prompt like those you will use."),
-                fit(io.Conditioning.Input, "negative", tooltip="What to leave out, as in KSampler."),
-                fit(io.Latent.Input, "latent_image", tooltip="Size and number of the images, as in KSampler."),
-                fit(
-                    io.Int.Input,
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=LARGEST_SEED,
-                    control_after_generate=False,
-                    tooltip="The noise of the first run; each further run takes the next seed.",
+                io.Model.Input("model", tooltip="The model that will be quantized, in 16 bits, with its LoRAs."),
+                io.Conditioning.Input("positive", tooltip="What to render: a prompt like those you will use later."),
+                io.Conditioning.Input("negative", tooltip="What to leave out, as in KSampler."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The size and number of the images, as in KSampler. Use the size you will render at.",
                 ),
-                fit(io.Int.Input, "steps", default=20, min=1, max=10000, tooltip="As you will render later."),
-                fit(
-                    io.Float.Input,
-                    "cfg",
-                    default=5.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="As you will render later.",
-                ),
-                fit(
-                    io.Combo.Input,
-                    "sampler_name",
-                    options=list(comfy.samplers.KSampler.SAMPLERS),
-                    tooltip="As you will render later; most samplers see the same inputs.",
-                ),
-                fit(
-                    io.Combo.Input,
-                    "scheduler",
-                    options=list(comfy.samplers.KSampler.SCHEDULERS),
-                    tooltip="As you will render later.",
-                ),
-                fit(
-                    io.Float.Input,
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 renders from pure noise, less keeps part of the latent.",
-                ),
-                fit(
-                    io.Int.Input,
+                seed_input("The noise of the first run. Each further run uses the next seed."),
+                *sampler_inputs(),
+                io.Int.Input(
                     "runs",
                     default=4,
                     min=1,
                     max=1000,
-                    tooltip="How many times to render. More runs know the layers better; beyond 8 little is gained.",
+                    tooltip="How many times to render, each time with other noise. More runs take longer. Render at "
+                    "least 8 images in total, better 30.",
                 ),
-                fit(
-                    FP8Calibration.Input,
-                    "calibration",
-                    optional=True,
-                    tooltip="An earlier calibration of the same model, e.g. with another prompt, to add to.",
-                ),
+                calibration_input("An earlier calibration of this model to add to, e.g. one made with another prompt."),
             ],
             outputs=[
                 FP8Calibration.Output(
                     id="FP8_CALIBRATION",
                     display_name="calibration",
-                    tooltip="Connect it to a quantize node, to another FP8 Calibration, or to Save FP8 Calibration.",
+                    tooltip="The recorded layer inputs. Connect it to a quantize node, to another FP8 Calibration, or "
+                    "to Save FP8 Calibration.",
                 ),
-                io.Latent.Output(id="LATENT", display_name="latent", tooltip="The last run's images, to look at."),
+                io.Latent.Output(id="LATENT", display_name="latent", tooltip="The images of the last run, to look at."),
             ],
         )
 
@@ -156,11 +118,11 @@ class StochasticFP8Calibrate(io.ComfyNode):
         runs,
         calibration=None,
     ):
-        observer = ActivationRecorder(most_rows=MOST_ROWS)
+        recorder = ActivationRecorder(most_rows=MOST_ROWS)
         network = diffusion_network(model)
-        with observing(network, observer):
+        with recording(network, recorder):
             for run in range(runs):
-                log.info("calibration run %d of %d", run + 1, runs)
+                log.info("calibration: run %d of %d", run + 1, runs)
                 (latent,) = comfy_nodes.common_ksampler(
                     model,
                     (seed + run) % (LARGEST_SEED + 1),
@@ -173,10 +135,16 @@ class StochasticFP8Calibrate(io.ComfyNode):
                     latent_image,
                     denoise=denoise,
                 )
-        seen = observer.result(f"{type(model.model).__name__}, {number_of(runs, 'run')} of {number_of(steps, 'step')}")
-        missed = len(network.linear_names) - len(seen.layers)
-        log.info("%s: %d layers seen, %d not, %s", seen.source, len(seen.layers), missed, describe_bytes(seen.nbytes))
-        return io.NodeOutput(calibration + seen if calibration else seen, latent)
+        source = f"{type(model.model).__name__}, {display.count(runs, 'run')} of {display.count(steps, 'step')}"
+        recorded = recorder.result(source)
+        log.info(
+            "calibration %s: inputs of %d layers recorded (%s), %d Linear layers not used",
+            source,
+            len(recorded.layers),
+            display.bytes(recorded.nbytes),
+            len(network.linear_names) - len(recorded.layers),
+        )
+        return io.NodeOutput(calibration + recorded if calibration else recorded, latent)
 
 
 class StochasticFP8SaveCalibration(io.ComfyNode):
@@ -184,73 +152,70 @@ class StochasticFP8SaveCalibration(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return fit(
-            io.Schema,
+        return io.Schema(
             node_id="StochasticFP8SaveCalibration",
             display_name="Save FP8 Calibration",
             category=CATEGORY,
-            description=f"Writes a calibration to output/{FOLDER}, so that it need not be made again.",
+            description=f"Saves a calibration to output/{FOLDER}, so that you can use it again.",
             inputs=[
-                fit(FP8Calibration.Input, "calibration", tooltip="What FP8 Calibration recorded."),
-                fit(
-                    io.String.Input,
+                FP8Calibration.Input("calibration", tooltip="What FP8 Calibration recorded."),
+                io.String.Input(
                     "filename_prefix",
-                    default="calibration",
-                    tooltip="The file's name, which gets a number.",
+                    default=DEFAULT_PREFIX,
+                    tooltip="The name of the file. A number is added, so that no file is overwritten.",
                 ),
             ],
             outputs=[
                 io.String.Output(
-                    id="filename", display_name="filename", tooltip="The file's name as Load FP8 Calibration lists it."
+                    id="filename",
+                    display_name="filename",
+                    tooltip="The name under which Load FP8 Calibration lists the file.",
                 )
             ],
             is_output_node=True,
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return prefix_problem(filename_prefix, [FOLDER]) or True
+
+    @classmethod
     def execute(cls, calibration, filename_prefix):
-        output = folder_paths.get_output_directory()
-        prefix = filename_prefix.strip().removesuffix(".safetensors") or "calibration"
-        where, name, counter, _, _ = folder_paths.get_save_image_path(f"{FOLDER}/{prefix}", output)
-        target = Path(where, f"{name}_{counter:05}_.safetensors")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = new_path(FOLDER, filename_prefix, DEFAULT_PREFIX)
         save_calibration(calibration, target)
-        return io.NodeOutput(target.relative_to(Path(output, FOLDER)).as_posix())
+        return io.NodeOutput(target.relative_to(output_folder(FOLDER)).as_posix())
 
 
 class StochasticFP8LoadCalibration(io.ComfyNode):
-    """A file -> FP8_CALIBRATION, read a layer at a time when it is used."""
+    """A file -> FP8_CALIBRATION. Each layer is read when it is used."""
 
     @classmethod
     def define_schema(cls):
-        return fit(
-            io.Schema,
+        return io.Schema(
             node_id="StochasticFP8LoadCalibration",
             display_name="Load FP8 Calibration",
             category=CATEGORY,
-            description=f"Reads a calibration from output/{FOLDER} or models/{FOLDER}.",
+            description=f"Loads a calibration from output/{FOLDER} or models/{FOLDER}.",
             inputs=[
-                fit(
-                    io.Combo.Input,
+                io.Combo.Input(
                     "calibration_name",
                     options=list_calibrations(),
-                    tooltip="A file of Save FP8 Calibration, made with the model that will be quantized.",
+                    tooltip="A file from Save FP8 Calibration, made with the model that will be quantized.",
                 )
             ],
             outputs=[
                 FP8Calibration.Output(
-                    id="FP8_CALIBRATION", display_name="calibration", tooltip="Connect it to a quantize node."
+                    id="FP8_CALIBRATION",
+                    display_name="calibration",
+                    tooltip="The recorded layer inputs. Connect it to a quantize node, or to FP8 Calibration to add "
+                    "more images.",
                 )
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, calibration_name):
-        path = folder_paths.get_full_path(FOLDER, calibration_name)
-        if path is None:
-            return "missing"
-        status = Path(path).stat()
-        return f"{status.st_mtime_ns}:{status.st_size}"
+        return path_fingerprint(folder_paths.get_full_path(FOLDER, calibration_name))
 
     @classmethod
     def execute(cls, calibration_name):
@@ -258,7 +223,7 @@ class StochasticFP8LoadCalibration(io.ComfyNode):
 
 
 def list_calibrations() -> list[str]:
-    """Every calibration file, after telling ComfyUI of the folders, which is harmless when it knows them."""
+    """Every calibration file. Registers the folders with ComfyUI first, which changes nothing if it knows them."""
     for parent in (folder_paths.get_output_directory(), folder_paths.models_dir):
         folder_paths.add_model_folder_path(FOLDER, str(Path(parent, FOLDER)))
     return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]

@@ -1,50 +1,30 @@
-"""The nodes that show roundings: Compare FP8 Roundings on a model's weights, Rounding Curve on numbers."""
+"""The nodes that compare roundings: Compare FP8 Roundings on a model's weights, Rounding Curve on single numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
-from ..kernels.figures import check_comparison_size, comparison_figure, rounding_curve, to_image
+from ..kernels.engine.quantization import select
+from ..kernels.figures import check_comparison_size, comparison_figure, rounding_curve
 from ..kernels.numerics.error_statistics import evenly_spaced
 from ..kernels.selection.selection import LAYERS
-from ..kernels.studies import comparison
+from ..kernels.studies.comparison import compare_roundings
 from ..kernels.studies.rounding_curve import measure_rounding
-from . import in_graph, models
+from ..kernels.studies.table import to_markdown
+from . import models
 from .devices import compute_device, make_room
 from .networks import Network, narrow
-from .options import LARGEST_SEED, calibration_input, combo, device_input
-from .preview import size_inputs
-from .progress import Progress
-from .schema import CATEGORY, fit
+from .options import calibration_input, device_input, seed_input, size_inputs, with_choices
+from .pictures import draw_image
+from .progress import JobProgress
+from .schema import CATEGORY, newer
 
-_SCALING_TOOLTIP = "How each layer is stretched over the FP8 range: compare with the setting that you mean to use."
-_LAYERS_TOOLTIP = "Which layers to try the roundings on: those that Stochastic FP8 Quantize would take."
-_MOST_TOOLTIP = "Of a model with more layers, this many are tried, evenly spaced. More: truer numbers, and slower."
-_SEED_TOOLTIP = "Another seed gives the stochastic roundings another draw; the picture changes in details only."
-_CALIBRATION_TOOLTIP = (
-    "What FP8 Calibration recorded of this model. With it calibrated rounding is tried too, and the picture shows what "
-    "each rounding does to the layers' outputs."
-)
-_FORMAT_TOOLTIP = "The grid to round to. E5M2's steps are twice as wide as E4M3's, over a wider range."
-_ROUNDING_TOOLTIP = "The rounding to draw. The stochastic ones look alike, since they have one law; nearest does not."
-_DRAWS_TOOLTIP = "How often each value is rounded. More draws: less scatter around the lines of theory."
-
-
-def seed_input() -> io.Int.Input:
-    return fit(
-        io.Int.Input,
-        "seed",
-        default=0,
-        min=0,
-        max=LARGEST_SEED,
-        control_after_generate=False,
-        optional=True,
-        tooltip=_SEED_TOOLTIP,
-    )
+_SEED_TOOLTIP = "Another seed gives the stochastic roundings other random draws. Only details of the image change."
 
 
 class StochasticFP8Compare(io.ComfyNode):
@@ -52,37 +32,66 @@ class StochasticFP8Compare(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8Compare",
             display_name="Compare FP8 Roundings",
             category=CATEGORY,
             search_aliases=["fp8 comparison", "which rounding", "e4m3 e5m2"],
             description=(
-                "Tries every rounding in both formats on the same weights of a model and shows error beside bias, with "
-                "a recommendation from the numbers; with a calibration, calibrated rounding and the error of the "
-                "layers' outputs too. The model stays as it is."
+                "Tries every rounding in both formats on the same weights of a model. Shows the error and the bias of "
+                "each, and recommends one from these numbers. With a calibration, it also tries calibrated rounding "
+                "and shows the error of the layers' outputs. The model is not changed."
             ),
             inputs=[
-                fit(io.Model.Input, "model", tooltip="The model to try the roundings on, in 16 bits."),
-                combo("scaling", SCALINGS, _SCALING_TOOLTIP, default="absmax"),
-                combo("layers", LAYERS, _LAYERS_TOOLTIP, default="auto"),
-                fit(io.Int.Input, "most_layers", default=24, min=1, max=4096, tooltip=_MOST_TOOLTIP),
-                seed_input(),
+                io.Model.Input("model", tooltip="The model to try the roundings on, in 16 bits, with its LoRAs."),
+                io.Combo.Input(
+                    "scaling",
+                    options=list(SCALINGS),
+                    default="absmax",
+                    tooltip=with_choices(
+                        "How each layer is scaled to the FP8 range. Compare with the setting that you will quantize "
+                        "with.",
+                        SCALINGS,
+                    ),
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYERS),
+                    default="auto",
+                    tooltip=with_choices(
+                        "The roundings are tried on the layers that Stochastic FP8 Quantize would quantize with this "
+                        "setting.",
+                        LAYERS,
+                    ),
+                ),
+                io.Int.Input(
+                    "most_layers",
+                    default=24,
+                    min=1,
+                    max=4096,
+                    tooltip="At most this many layers are tried, evenly spaced over the model. More layers give more "
+                    "accurate numbers and take longer.",
+                ),
+                seed_input(_SEED_TOOLTIP, optional=True),
                 device_input(),
                 *size_inputs(1024, 832),
-                calibration_input(_CALIBRATION_TOOLTIP),
+                calibration_input(
+                    "What FP8 Calibration recorded for this model. It adds calibrated rounding and the error of the "
+                    "layers' outputs."
+                ),
             ],
             outputs=[
                 io.Image.Output(
                     id="IMAGE",
                     display_name="image",
-                    tooltip="Error and bias of every rounding; with a calibration, errors of outputs.",
+                    tooltip="The error and bias of every rounding. With a calibration, also the error of the layers' "
+                    "outputs.",
                 ),
                 io.String.Output(
                     id="markdown",
                     display_name="markdown",
-                    tooltip="The recommendation, and a table with a row a rounding.",
+                    tooltip="The recommendation, and a table with one row per format and rounding.",
                 ),
             ],
             is_output_node=True,
@@ -94,14 +103,15 @@ class StochasticFP8Compare(io.ComfyNode):
     ):
         check_comparison_size(width, height, calibrated=calibration is not None)
         network = models.diffusion_network(model)
-        network.check_source()
-        names = in_graph.select(network, Recipe(layers=layers)).quantize
+        recipe = Recipe(layers=layers)
+        names = select(network, recipe).quantize
+        network.check(names, recipe)
         chosen = [names[i] for i in evenly_spaced(len(names), most_layers)]
         where = _with_float64(compute_device(device, network.patcher.load_device))
-        make_room(where, (network.info(name).nbytes for name in chosen))
-        progress = Progress()
-        result = comparison.compare_roundings(
-            weights(network, chosen, where),
+        make_room(where, (network.tensors[name].nbytes for name in chosen))
+        progress = JobProgress()
+        result = compare_roundings(
+            _weights(network, chosen, where),
             scaling=scaling,
             seed=seed,
             source=type(model.model).__name__,
@@ -110,17 +120,17 @@ class StochasticFP8Compare(io.ComfyNode):
             progress=lambda done, name: progress(done, len(chosen), name),
         )
         progress(len(chosen), len(chosen), "")
-        image = to_image(comparison_figure(result, width=width, height=height))
-        return io.NodeOutput(image, comparison.to_markdown(result), ui=ui.PreviewImage(image, cls=cls))
+        image = draw_image(lambda: comparison_figure(result, width=width, height=height))
+        return io.NodeOutput(image, to_markdown(result), ui=ui.PreviewImage(image, cls=cls))
 
 
 def _with_float64(device: torch.device) -> torch.device:
-    """Where errors can be compared: Apple's GPUs have no float64."""
+    """The device, or the CPU in place of Apple's GPUs, which have no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def weights(network: Network, names: list[str], device) -> Iterator[tuple]:
-    """(name, patched weight on `device`), one by one."""
+def _weights(network: Network, names: list[str], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, patched weight on `device`), one at a time."""
     for name in names:
         yield name, narrow(network.value(name, device))
 
@@ -130,24 +140,47 @@ class StochasticFP8RoundingCurve(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        limits = {"min": -57344.0, "max": 57344.0, "step": 0.25, "round": 0.0001}
-        return fit(
+        limits: dict[str, Any] = {"min": -57344.0, "max": 57344.0, "step": 0.25, "round": 0.0001}
+        return newer(
             io.Schema,
             node_id="StochasticFP8RoundingCurve",
             display_name="Rounding Curve",
             category=CATEGORY,
             search_aliases=["fp8 rounding", "stochastic rounding explained"],
             description=(
-                "Draws what a rounding does to each number of a range: the staircase, the chance of rounding up, the "
-                "error of the mean, and the variance, measured with the real kernels beside the theory."
+                "Draws how a rounding treats each number in a range: the results, the chance of rounding up, the bias "
+                "and the variance. All four are measured with the code that quantizes models, and drawn beside the "
+                "theory."
             ),
             inputs=[
-                fit(io.Combo.Input, "format", options=list(FORMATS), default="float8_e4m3fn", tooltip=_FORMAT_TOOLTIP),
-                combo("rounding", ROUNDINGS, _ROUNDING_TOOLTIP, default="stochastic"),
-                fit(io.Float.Input, "low", default=0.5, tooltip="The first value of the range.", **limits),
-                fit(io.Float.Input, "high", default=2.5, tooltip="The last value of the range.", **limits),
-                fit(io.Int.Input, "draws", default=1000, min=1, max=10000, tooltip=_DRAWS_TOOLTIP),
-                seed_input(),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="float8_e4m3fn",
+                    tooltip="The FP8 grid to round to. float8_e5m2 has steps twice as wide as float8_e4m3fn, over a "
+                    "wider range.",
+                ),
+                io.Combo.Input(
+                    "rounding",
+                    options=list(ROUNDINGS),
+                    default="stochastic",
+                    tooltip=with_choices(
+                        "The rounding to draw. The stochastic ones look alike because they have the same "
+                        "distribution. nearest looks different.",
+                        ROUNDINGS,
+                    ),
+                ),
+                io.Float.Input("low", default=0.5, tooltip="The first value of the range.", **limits),
+                io.Float.Input("high", default=2.5, tooltip="The last value of the range.", **limits),
+                io.Int.Input(
+                    "draws",
+                    default=1000,
+                    min=1,
+                    max=10000,
+                    tooltip="How many times each value is rounded. With more draws, the points scatter less around "
+                    "the lines of the theory.",
+                ),
+                seed_input(_SEED_TOOLTIP, optional=True),
                 *size_inputs(1024, 768),
             ],
             outputs=[io.Image.Output(id="IMAGE", display_name="image", tooltip="The rounding in four panels.")],
@@ -157,5 +190,5 @@ class StochasticFP8RoundingCurve(io.ComfyNode):
     @classmethod
     def execute(cls, format, rounding, low, high, draws, seed=0, width=1024, height=768):
         curve = measure_rounding(format, rounding, low, high, draws=draws, seed=seed)
-        image = to_image(rounding_curve(curve, width=width, height=height))
+        image = draw_image(lambda: rounding_curve(curve, width=width, height=height))
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

@@ -1,4 +1,4 @@
-"""Tiny Landscape Model: a small trained model that ships with the pack, so that a first workflow runs at once."""
+"""Tiny Landscape Model: a small trained model that ships with the pack, so that the first workflow runs at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 from safetensors.torch import load_file
 
-from .schema import CATEGORY, fit
+from .schema import CATEGORY, newer
 
 MODELS = Path(__file__).resolve().parents[1] / "example_workflows" / "models"
 SCENES = ("dawn", "day", "dusk", "night")
@@ -21,26 +21,27 @@ class StochasticFP8DemoModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8DemoModel",
             display_name="Tiny Landscape Model (demo)",
             category=CATEGORY,
             search_aliases=["demo", "example model", "tiny sd3"],
             description=(
-                "A 7.8 MB diffusion model that paints 256 x 256 landscapes in seconds, even without a GPU: to try "
-                "quantization out. Use Empty SD3 Latent Image 256 x 256 and KSampler euler / simple, 20 steps, cfg 2.5."
+                "A 7.8 MB diffusion model that paints 256 x 256 landscapes in seconds, even without a GPU. Use it to "
+                "try out quantization, with Empty SD3 Latent Image (256 x 256) and KSampler (euler, simple, 20 steps, "
+                "cfg 2.5)."
             ),
             inputs=[
-                fit(io.Combo.Input, "scene", options=list(SCENES), tooltip="The time of day in the landscape."),
+                io.Combo.Input("scene", options=list(SCENES), tooltip="The time of day in the landscape."),
             ],
             outputs=[
-                io.Model.Output(id="MODEL", display_name="model"),
-                io.Conditioning.Output(id="positive", display_name="positive", tooltip="The scene."),
+                io.Model.Output(id="MODEL", display_name="model", tooltip="The landscape model."),
+                io.Conditioning.Output(id="positive", display_name="positive", tooltip="The scene as conditioning."),
                 io.Conditioning.Output(
-                    id="negative", display_name="negative", tooltip="Nothing: what the guidance steers away from."
+                    id="negative", display_name="negative", tooltip="Empty conditioning for the guidance."
                 ),
-                io.Vae.Output(id="VAE", display_name="vae"),
+                io.Vae.Output(id="VAE", display_name="vae", tooltip="The VAE of the landscape model."),
             ],
         )
 
@@ -48,8 +49,8 @@ class StochasticFP8DemoModel(io.ComfyNode):
     def execute(cls, scene):
         model = comfy.sd.load_diffusion_model(str(MODELS / "tiny_sd3_landscapes.safetensors"))
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "tiny_taesd3_landscapes.safetensors")))
-        words = load_file(MODELS / "tiny_conditioning.safetensors")
-        cond, pooled = words[f"{scene}.cond"], words[f"{scene}.pooled_output"]
+        scenes = load_file(MODELS / "tiny_conditioning.safetensors")
+        cond, pooled = scenes[f"{scene}.cond"], scenes[f"{scene}.pooled_output"]
         positive = [[cond, {"pooled_output": pooled}]]
         negative = [[torch.zeros_like(cond), {"pooled_output": torch.zeros_like(pooled)}]]
         return io.NodeOutput(model, positive, negative, vae)

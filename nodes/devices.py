@@ -1,4 +1,4 @@
-"""Where the nodes compute, and room for it there."""
+"""The device that a node computes on, and free memory there."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ from collections.abc import Iterable
 import comfy.model_management
 import torch
 
+from ..kernels.choices import choose
+
 ROOM = 3
-"""Times the largest tensor: one is rounded, the next is there already, codes take half as much, and some to spare."""
+"""Memory to free, in sizes of the largest tensor: the one being rounded, the prefetched one, codes (half a size each)
+and some spare."""
 
 
 def devices() -> list[str]:
-    """What a user can compute on: auto, cpu, and the machine's GPUs."""
+    """The choices of a device input: auto, cpu, and this machine's GPUs."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return ["auto", "cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def compute_device(choice: str, auto: torch.device) -> torch.device:
-    """The device of a user's choice."""
-    return auto if choice == "auto" else torch.device(choice)
+    """The device of a device input. auto: the device that the choice "auto" stands for. Raises UnknownChoiceError."""
+    if choice == "auto":
+        return auto
+    try:
+        return torch.device(choice)
+    except (RuntimeError, TypeError):
+        return choose(dict.fromkeys(devices(), auto), choice, "device")
 
 
 def make_room(device: torch.device, sizes: Iterable[int]) -> bool:
-    """Let ComfyUI unload models that are in the way of tensors of so many bytes, which are worked on one by one.
+    """Ask ComfyUI to free memory for tensors of these sizes in bytes, processed one at a time.
 
-    Whether there is the room then.
+    Returns whether enough is free; on the CPU always True.
     """
     if device.type == "cpu":
         return True

@@ -1,19 +1,41 @@
-"""Which files the nodes read and write: names that ComfyUI's loaders list, never paths."""
+"""The files that nodes read and write, by the names that ComfyUI's loaders list and never by path."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
+import comfy.quant_ops
 import folder_paths
 from comfy.cli_args import args
+from comfyui_version import __version__ as COMFYUI_VERSION
+
+from ..kernels.errors import CheckpointError, StochasticFP8Error
+from ..kernels.state_dict.compatibility import is_new
 
 OUTPUT_FOLDERS = {"diffusion_models": "diffusion_models", "checkpoints": "checkpoints", "text_encoders": "clip"}
 """Kind of model -> the folder under output/ that ComfyUI's loader of that kind lists as well."""
 
+DEFAULT_PREFIX = "stochastic_fp8"
+"""The name of a file whose prefix gives none."""
+
+LONGEST_NAME = 200
+"""Bytes of one part of a prefix. File systems allow 255 with the number, the ending and a temporary ending."""
+
+NO_NAME = '<>:"|?*' if os.name == "nt" else ""
+"""Characters that file names cannot have, beside control characters."""
+
+
+class PrefixError(StochasticFP8Error, ValueError):
+    """A filename_prefix that names no file in its folder."""
+
 
 def list_sources() -> list[str]:
-    """Every .safetensors file of the kinds above, as `kind/name`."""
+    """Every .safetensors file of these kinds, as `kind/name`."""
     return [
         f"{kind}/{name}"
         for kind in OUTPUT_FOLDERS
@@ -24,41 +46,142 @@ def list_sources() -> list[str]:
 
 def find_source(source: str) -> tuple[str, Path]:
     """(kind, path) of a name from list_sources. Raises FileNotFoundError."""
-    kind, _, name = source.partition("/")
+    kind, _, name = source.partition("/") if isinstance(source, str) else ("", "", "")
     if kind not in OUTPUT_FOLDERS:
-        raise FileNotFoundError(f"{source}: the name begins with one of {', '.join(OUTPUT_FOLDERS)}")
+        folders = ", ".join(f"{kind}/" for kind in OUTPUT_FOLDERS)
+        raise FileNotFoundError(f"{source}: not a model file that ComfyUI lists; its name must begin with {folders}")
     return kind, Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
 def fingerprint(source: str) -> str:
-    """Changes whenever the file does."""
+    """A text that changes when the file with this name from list_sources changes."""
     try:
-        status = find_source(source)[1].stat()
+        return path_fingerprint(find_source(source)[1])
     except FileNotFoundError:
+        return path_fingerprint(None)
+
+
+def path_fingerprint(path: str | Path | None) -> str:
+    """A text that changes when the file at this path changes. path: None for a missing file."""
+    if path is None:
         return "missing"
+    status = Path(path).stat()
     return f"{status.st_mtime_ns}:{status.st_size}"
 
 
 def target_path(kind: str, filename_prefix: str, overwrite: bool = False) -> Path:
-    """Where to write: `<prefix>.safetensors` if it may be overwritten, else the next `<prefix>_00001_.safetensors`.
+    """new_path in the folder that ComfyUI's loader of this kind lists."""
+    return new_path(OUTPUT_FOLDERS[kind], filename_prefix, overwrite=overwrite)
 
-    Raises an Exception (ComfyUI's) for a prefix that leads out of the output folder.
+
+def new_path(folder: str, filename_prefix: str, default: str = DEFAULT_PREFIX, overwrite: bool = False) -> Path:
+    """The path to write to: `<prefix>.safetensors` with `overwrite`, else the next free `<prefix>_00001_.safetensors`.
+
+    folder: a folder under output/, which the prefix may begin with. default: the name of a prefix that is empty or ends
+    with a slash. Creates missing folders. Raises PrefixError.
     """
-    folder = OUTPUT_FOLDERS[kind]
-    prefix = filename_prefix.strip().removesuffix(".safetensors").removeprefix(f"{folder}/") or "stochastic_fp8"
-    output = folder_paths.get_output_directory()
-    where, name, counter, _, _ = folder_paths.get_save_image_path(f"{folder}/{prefix}", output)
-    Path(where).mkdir(parents=True, exist_ok=True)
+    prefix = check_prefix(folder, filename_prefix, default)
+    root = output_folder(folder)
+    try:
+        where, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
+        _check_inside(root, Path(where), filename_prefix)  # again: ComfyUI has replaced %year% and the like
+        Path(where).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(filename_prefix, f"cannot be used: {error.strerror or error}") from error
     return Path(where, f"{name}.safetensors" if overwrite else f"{name}_{counter:05}_.safetensors")
+
+
+def check_prefix(folder: str, filename_prefix: str, default: str = DEFAULT_PREFIX) -> str:
+    """The prefix relative to a folder under output/, with `/` between its parts. Changes nothing on the disk.
+
+    Raises PrefixError: a prefix that leads out of the folder (absolute, with a drive, through `..` or a link), a part
+    that is too long or has control characters, and a value that is not a string.
+    """
+    if not isinstance(filename_prefix, str):
+        raise _refused(filename_prefix, "is not text: give a name")
+    text = filename_prefix.strip().replace("\\", "/").removesuffix(".safetensors")
+    leads_out = f"leads out of output/{folder}: give a name, or subfolder/name"
+    if PureWindowsPath(text).anchor:
+        raise _refused(filename_prefix, leads_out)
+    if any(character in NO_NAME or unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise _refused(filename_prefix, "has characters that a file name cannot have: give a name without them")
+    parts: list[str] = []
+    for part in text.split("/"):
+        if part.strip(". "):
+            parts.append(part)
+        elif ".." in part:  # Windows ignores blanks and dots at the end of a name
+            if part != ".." or not parts:
+                raise _refused(filename_prefix, leads_out)
+            parts.pop()
+    if not part.strip(". "):
+        parts.append(default)
+    if parts[0] == folder and len(parts) > 1:
+        parts.pop(0)
+    if any(len(part.encode()) > LONGEST_NAME for part in parts):
+        raise _refused(filename_prefix, f"is too long: each part may have {LONGEST_NAME} bytes")
+    root = output_folder(folder)
+    _check_inside(root, root.joinpath(*parts[:-1]), filename_prefix)
+    return "/".join(parts)
+
+
+def prefix_problem(filename_prefix: str | None, folders: Iterable[str]) -> str | None:
+    """What is wrong with a prefix in all of these folders under output/; None if one of them can use it.
+
+    None as prefix: it is linked, and known only during the run.
+    """
+    problem = None
+    for folder in folders:
+        try:
+            if filename_prefix is not None:
+                check_prefix(folder, filename_prefix)
+            return None
+        except PrefixError as error:
+            problem = problem or str(error)
+    return problem
+
+
+def check_entries(layout: str, formats: Iterable[str]) -> None:
+    """Raises CheckpointError where the running ComfyUI, though new, has no E5M2. Its version does not tell."""
+    unknown = [format for format in formats if format not in comfy.quant_ops.QUANT_ALGOS]
+    if layout == "native" and unknown and is_new(COMFYUI_VERSION):
+        raise CheckpointError(
+            f"ComfyUI {COMFYUI_VERSION} would not load this file: it has no {unknown[0]}. Choose float8_e4m3fn, update "
+            "ComfyUI, or turn on for_another_comfyui to write it for another installation"
+        )
 
 
 def loader_name(kind: str, path: Path) -> str:
     """The name under which ComfyUI's loader lists a file of target_path."""
-    return path.relative_to(Path(folder_paths.get_output_directory(), OUTPUT_FOLDERS[kind])).as_posix()
+    return path.relative_to(output_folder(OUTPUT_FOLDERS[kind])).as_posix()
 
 
-def workflow_metadata(hidden) -> dict[str, str]:
-    """The prompt and the workflow, as ComfyUI's own save nodes store them; nothing with --disable-metadata."""
+def output_folder(folder: str) -> Path:
+    """The absolute path of a folder under output/."""
+    return Path(os.path.abspath(folder_paths.get_output_directory()), folder)
+
+
+def _check_inside(root: Path, folder: Path, filename_prefix: str) -> None:
+    """Raises PrefixError for a folder that a link leads out of `root`. `root` itself may be a link."""
+    try:
+        inside = folder.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise _refused(filename_prefix, f"cannot be used: {error}") from error
+    if not inside:
+        raise _refused(filename_prefix, f"leads out of output/{root.name} through a link: give another folder")
+
+
+def _refused(filename_prefix: object, text: str) -> PrefixError:
+    return PrefixError(f"filename_prefix {_shown(filename_prefix)} {text}")
+
+
+def _shown(value: object) -> str:
+    """The value in quotes, on one line and not too long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def workflow_metadata(hidden: Any) -> dict[str, str]:
+    """The prompt and the workflow, as ComfyUI's own save nodes store them; empty with --disable-metadata."""
     if args.disable_metadata:
         return {}
     entries = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}

@@ -1,73 +1,84 @@
-"""Compare Images (A/B): what a quantized model's picture lost against the original's."""
+"""Compare Images (A/B): the difference between two images, such as those of a model before and after quantizing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from statistics import mean
+from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
 
-from ..kernels.figures import image_sheet, to_image
-from .progress import Progress
-from .schema import CATEGORY, fit
+from ..kernels.figures import image_sheet
+from .pictures import draw_image
+from .progress import JobProgress
+from .schema import CATEGORY, newer
 
 SSIM_WINDOW = 11
-"""Side of the window in pixels, as in Wang et al., Image Quality Assessment (2004)."""
+"""Side of the SSIM window in pixels, as in Wang et al., Image Quality Assessment (2004)."""
 
 NAMES = ("A", "B")
-"""What images are called that a user gave no name."""
-
-_AMPLIFY_TOOLTIP = "How much brighter the difference is shown. 8 makes a difference of 32 levels of 255 white."
+"""The names of images whose label is empty."""
 
 
 class StochasticFP8ImageCompare(io.ComfyNode):
-    """Two IMAGE batches -> a batch of sheets; the node shows a slider over the two."""
+    """Two IMAGE batches -> a batch of sheets. The node shows both under a slider."""
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8ImageCompare",
             display_name="Compare Images (A/B)",
             category=CATEGORY,
             search_aliases=["image difference", "psnr", "ssim", "slider", "before after"],
             description=(
-                "Puts two images side by side with their amplified difference, PSNR and SSIM. Batches are compared in "
-                "pairs; a single image is compared with each of the other batch."
+                "Shows two images side by side with their amplified difference, PSNR and SSIM. Batches are compared "
+                "in pairs. A single image is compared with each image of the other batch."
             ),
             inputs=[
-                fit(io.Image.Input, "image_a", tooltip="The first image or batch, e.g. of the original model."),
-                fit(io.Image.Input, "image_b", tooltip="The second, of the same size, e.g. of the quantized model."),
-                fit(io.Int.Input, "amplify", default=8, min=1, max=255, tooltip=_AMPLIFY_TOOLTIP),
-                fit(
-                    io.Int.Input,
+                io.Image.Input("image_a", tooltip="The first image or batch, e.g. from the original model."),
+                io.Image.Input(
+                    "image_b", tooltip="The second image or batch, of the same size, e.g. from the quantized model."
+                ),
+                io.Int.Input(
+                    "amplify",
+                    default=8,
+                    min=1,
+                    max=255,
+                    tooltip="How many times brighter the difference is drawn. With 8, a difference of 32 of 255 levels "
+                    "is white.",
+                ),
+                io.Int.Input(
                     "width",
                     default=1536,
                     min=512,
                     max=4096,
                     step=8,
                     optional=True,
-                    tooltip="Pixels of the sheet. The numbers are those of the full images, whatever the width.",
+                    tooltip="Width of the sheet in pixels. PSNR and SSIM are those of the full-size images.",
                 ),
                 *(
-                    fit(
-                        io.String.Input,
+                    io.String.Input(
                         f"label_{name.lower()}",
                         default=name,
                         optional=True,
-                        tooltip=f"What to call image {name}, on the sheet and on the slider.",
+                        tooltip=f"The name of image {name} on the sheet and on the slider.",
                     )
                     for name in NAMES
                 ),
             ],
             outputs=[
-                io.Image.Output(id="IMAGE", display_name="image", tooltip="A, B and the difference; one a pair."),
-                io.Float.Output(
-                    id="psnr", display_name="psnr", tooltip="PSNR in dB, mean over the pairs; infinite if equal."
+                io.Image.Output(
+                    id="IMAGE", display_name="image", tooltip="A, B and their difference: one sheet per pair."
                 ),
                 io.Float.Output(
-                    id="ssim", display_name="ssim", tooltip="SSIM, the mean over the pairs; 1 for equal images."
+                    id="psnr",
+                    display_name="psnr",
+                    tooltip="PSNR in dB, the mean over the pairs. Infinite for equal images.",
+                ),
+                io.Float.Output(
+                    id="ssim", display_name="ssim", tooltip="SSIM, the mean over the pairs. 1 for equal images."
                 ),
             ],
             is_output_node=True,
@@ -86,31 +97,38 @@ class StochasticFP8ImageCompare(io.ComfyNode):
 
 
 def pair_up(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both batches as RGB and of one length, a single image repeated.
+    """Both batches as RGB on the CPU, with equally many images: a single image is repeated.
 
-    Raises ValueError for images of different sizes, and for batches of different lengths unless one holds one image.
+    Raises ValueError for images of different sizes, and for batches of different lengths unless one has one image.
     """
     if a.shape[1:3] != b.shape[1:3]:
         sizes = [f"{image.shape[2]} × {image.shape[1]}" for image in (a, b)]
-        raise ValueError(f"image A is {sizes[0]} pixels and image B {sizes[1]}: compare images of one size")
+        raise ValueError(
+            f"image A has {sizes[0]} pixels and image B has {sizes[1]}: resize one of them to the size of the other"
+        )
     if len(a) != len(b) and 1 not in (len(a), len(b)):
         raise ValueError(
-            f"batch A holds {len(a)} images and batch B {len(b)}: compare as many with as many, or with one"
+            f"batch A has {len(a)} images and batch B has {len(b)}: give both the same number of images, or one of "
+            "them a single image"
         )
     length = max(len(a), len(b))
-    return tuple(image[..., :3].expand(length, -1, -1, 3) for image in (a.cpu().float(), b.cpu().float()))
+    rgb_a, rgb_b = (image[..., :3].expand(length, -1, -1, 3) for image in (a.cpu().float(), b.cpu().float()))
+    return rgb_a, rgb_b
 
 
 def sheets(
-    a: torch.Tensor, b: torch.Tensor, scores: Sequence[tuple[float, float]], **choices
+    a: torch.Tensor, b: torch.Tensor, scores: Sequence[tuple[float, float]], **choices: Any
 ) -> Iterator[torch.Tensor]:
-    """An IMAGE of each pair. scores: (PSNR, SSIM) of each. choices: those of image_sheet."""
-    progress = Progress()
-    for i, (psnr, ssim) in enumerate(scores):
+    """One IMAGE per pair. scores: (PSNR, SSIM) of each pair. choices: those of image_sheet."""
+    progress = JobProgress()
+    for i in range(len(a)):
         progress(i, len(a), "")
-        which = f"pair {i + 1} of {len(a)}" if len(a) > 1 else ""
-        yield to_image(image_sheet(a[i].numpy(), b[i].numpy(), psnr=psnr, ssim=ssim, which=which, **choices))
+        yield _sheet(a[i], b[i], *scores[i], which=f"pair {i + 1} of {len(a)}" if len(a) > 1 else "", **choices)
     progress(len(a), len(a), "")
+
+
+def _sheet(a: torch.Tensor, b: torch.Tensor, psnr: float, ssim: float, **choices: Any) -> torch.Tensor:
+    return draw_image(lambda: image_sheet(a.numpy(), b.numpy(), psnr=psnr, ssim=ssim, **choices))
 
 
 def similarity(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:

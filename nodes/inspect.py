@@ -1,46 +1,68 @@
-"""Inspect FP8 Checkpoint: is this file sound, and what will each ComfyUI version make of it?"""
+"""Inspect FP8 Checkpoint: what is wrong with a file, and what each ComfyUI version makes of it."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..kernels.figures.findings import inspection_sheet
-from ..kernels.state_dict.inspection import inspect_file
+from ..kernels.figures import inspection_sheet
+from ..kernels.state_dict.inspection import Inspection, inspect_file
 from ..kernels.state_dict.repair import repair_file
-from .files import find_source, fingerprint, list_sources, loader_name, target_path
+from .files import (
+    OUTPUT_FOLDERS,
+    check_prefix,
+    find_source,
+    fingerprint,
+    list_sources,
+    loader_name,
+    target_path,
+)
 from .pictures import draw_image
-from .schema import CATEGORY, fit
+from .schema import CATEGORY, newer
 
 log = logging.getLogger("stochastic_fp8")
 
 
 class StochasticFP8Inspect(io.ComfyNode):
-    """A file -> findings in plain words; a repaired copy if wished."""
+    """A file -> its findings, and a repaired copy on request."""
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8Inspect",
             display_name="Inspect FP8 Checkpoint",
             category=CATEGORY,
             search_aliases=["fp8 check", "verify fp8", "repair fp8"],
             description=(
-                "Looks into an FP8 file and says what is wrong with it, what that does to the image, how to repair it, "
-                "and how each ComfyUI version reads it. Reads headers and scales only, so even a large file takes a "
-                "moment."
+                "Checks an FP8 file. Lists what is wrong with it, what that does to the image, how to repair it, and "
+                "how each ComfyUI version reads it. Unless deep is on, only headers and scales are read, so even a "
+                "large file takes a moment."
             ),
             inputs=[
-                fit(io.Combo.Input, "file", options=list_sources(), tooltip="The file to look into."),
-                fit(io.Boolean.Input, "deep", default=False, tooltip=_DEEP_TOOLTIP),
-                fit(io.Boolean.Input, "repair", default=False, tooltip=_REPAIR_TOOLTIP),
-                fit(io.String.Input, "filename_prefix", default="repaired", tooltip="The name of the repaired copy."),
+                io.Combo.Input("file", options=list_sources(), tooltip="The file to check."),
+                io.Boolean.Input(
+                    "deep",
+                    default=False,
+                    tooltip="Also reads every FP8 weight, to find NaN and infinite codes that would turn the image "
+                    "black. Slow for a large file.",
+                ),
+                io.Boolean.Input(
+                    "repair",
+                    default=False,
+                    tooltip="Writes a copy with all faults repaired that can be repaired without the 16-bit model.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="repaired",
+                    tooltip="The name of the repaired copy. A number is added, so that no file is overwritten.",
+                ),
             ],
             outputs=[
-                io.String.Output(id="findings", display_name="findings", tooltip="What was found, one finding a line."),
-                io.Image.Output(id="image", display_name="image", tooltip="The same as a picture."),
+                io.String.Output(id="findings", display_name="findings", tooltip="The findings, one per line."),
+                io.Image.Output(id="image", display_name="image", tooltip="The findings as an image."),
                 io.Boolean.Output(id="ok", display_name="ok", tooltip="Whether the file is free of errors."),
             ],
             is_output_node=True,
@@ -53,6 +75,8 @@ class StochasticFP8Inspect(io.ComfyNode):
     @classmethod
     def execute(cls, file, deep, repair, filename_prefix):
         kind, path = find_source(file)
+        if repair:
+            check_prefix(OUTPUT_FOLDERS[kind], filename_prefix)
         inspection = inspect_file(path, deep=deep)
         text = inspection.summary
         if repair:
@@ -62,11 +86,8 @@ class StochasticFP8Inspect(io.ComfyNode):
         return io.NodeOutput(text, image, inspection.ok, ui=ui.PreviewText(text))
 
 
-_DEEP_TOOLTIP = "Also read every FP8 weight, to find codes that would turn the image black. Slow for a large file."
-_REPAIR_TOOLTIP = "Write a copy with everything put right that can be, as far as that goes without the 16-bit model."
-
-
-def _repair(kind: str, path, inspection, filename_prefix: str) -> str:
+def _repair(kind: str, path: Path, inspection: Inspection, filename_prefix: str) -> str:
+    """Write the repaired copy, if there is anything to repair. Returns the text for the findings."""
     if not inspection.repairable:
         return "There is nothing to repair."
     target = target_path(kind, filename_prefix)

@@ -7,10 +7,8 @@ where versions differ, the function says how.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -21,8 +19,11 @@ import comfy.sd
 import torch
 from comfyui_version import __version__ as COMFYUI_VERSION
 
-from ..kernels.state_dict.layouts import HEADER_ENTRY, LAYOUTS, ScaledLayer
-from .networks import FLOAT8, ModelError, Network, ScaledWeight
+from ..kernels.state_dict.layouts import HEADER_ENTRY, LAYOUTS
+from ..kernels.state_dict.load import native_tensors
+from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
+from .carried import Rebinder, StillBound
+from .networks import FLOAT8, ModelError, Network, bypass_managers
 
 log = logging.getLogger("stochastic_fp8")
 
@@ -42,48 +43,18 @@ _CARRIED = (
     "weight_wrapper_patches",
     "force_cast_weights",
 )
-"""What a patcher holds beside weights and weight patches; object patches are looked at one by one."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A network, and the weights of it that are to be scaled FP8."""
-
-    network: Network
-    weights: Mapping[str, ScaledWeight]
-
-    def tensors(self, full_names: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
-        """The state dict in layout native, and its header's layers; full_names: with the network's prefix.
-
-        Tensors that are not quantized are the network's own, patched if need be, and not copies.
-        """
-        prefix = self.network.prefix if full_names else ""
-        cpu = comfy.model_management.unet_offload_device()
-        state, layers = {}, {}
-        for name in self.network.names:
-            scaled = self.weights.get(name)
-            if scaled is None:
-                state[prefix + name] = self.network.value(name, cpu)
-                continue
-            layer = ScaledLayer(prefix + name.removesuffix(".weight"), scaled.format, scaled.full_precision)
-            layers[layer.name] = layer.entry
-            state[prefix + name] = scaled.codes
-            state[layer.name + LAYOUTS["native"].weight_scale] = scaled.scale
-            if scaled.input_scale is not None:
-                state[layer.name + LAYOUTS["native"].input_scale] = scaled.input_scale
-        return state, layers
+"""What a patcher holds beside weights, weight patches and object patches."""
 
 
 def diffusion_network(model) -> Network:
-    return Network(model, "diffusion_model.")
+    return Network(model, "diffusion_model.", type(model.model).__name__)
 
 
 def text_networks(clip) -> dict[str, Network]:
     """The encoders of a CLIP by name, such as clip_l and t5xxl."""
-    encoders = clip.cond_stage_model.named_children()
     return {
-        name: Network(clip.patcher, f"{name}.transformer.")
-        for name, encoder in encoders
+        name: Network(clip.patcher, f"{name}.transformer.", name)
+        for name, encoder in clip.cond_stage_model.named_children()
         if isinstance(getattr(encoder, "transformer", None), torch.nn.Module)
     }
 
@@ -97,41 +68,63 @@ def check_runs(format: str) -> None:
         )
 
 
-def load_quantized_model(source, part: Part, attachment: dict):
-    """A new MODEL with `part`'s weights, made by ComfyUI's loader, that otherwise does what `source` does.
+def load_quantized_model(source, state: ScaledStateDict, attachment: dict):
+    """A new MODEL with the weights of a state dict, made by ComfyUI's loader, that otherwise does what `source` does.
 
     attachment: what ATTACHMENT holds. Raises ModelError where ComfyUI does not recognise the model.
     """
-    state, layers = part.tensors()
-    state |= sampling_keys(source)
-    metadata = model_metadata(source) | {HEADER_ENTRY: json.dumps({"format_version": "1.0", "layers": layers})}
-    result = _load_diffusion_model(state, {"dtype": _compute_dtype(source)}, metadata)
+    tensors = native_tensors(state) | sampling_keys(source)
+    metadata = state.metadata | LAYOUTS["native"].metadata(state.layers)
+    result = _load_diffusion_model(tensors, {"dtype": _compute_dtype(source)}, metadata)
     if result is None:
         raise ModelError(
             f"ComfyUI {COMFYUI_VERSION} does not recognise the weights of this {type(source.model).__name__}: "
             "quantize its file with Stochastic FP8 Quantize File instead"
         )
     _carry_over(source, result, attachment)
-    if result.model.model_type != source.model.model_type and "model_sampling" not in result.object_patches:
-        result.add_object_patch("model_sampling", source.model.model_sampling)
+    _check_same_model(source, result, state, tensors)
     if getattr(result, "is_dynamic", bool)():
-        result.cached_patcher_init = (_load_diffusion_model, (state, {"dtype": _compute_dtype(source)}, metadata))
+        result.cached_patcher_init = (_load_diffusion_model, (tensors, {"dtype": _compute_dtype(source)}, metadata))
     return result
 
 
-def load_quantized_clip(source, parts: Mapping[str, Part], attachment: dict):
-    """A new CLIP of `source`'s class with the parts' weights, and everything else as in `source`."""
-    state = dict(source.cond_stage_model.state_dict())
-    layers = {}
-    for part in parts.values():
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(part.network.prefix)}
-        tensors, entries = part.tensors(full_names=True)
-        state |= tensors
-        layers |= entries
+def _check_same_model(source, result, state: ScaledStateDict, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ModelError unless the loader made the same kind of model, with every weight that it was given."""
+    model, name = result.model, type(source.model).__name__
+    if type(model) is not type(source.model):
+        fault = f"as another model, {type(model).__name__}"
+    elif model.model_config.unet_config != source.model.model_config.unet_config:
+        fault = "with other settings"
+    elif model.model_type != source.model.model_type and "model_sampling" not in result.object_patches:
+        fault = f"with another kind of sampling, {model.model_type.name}"
+    else:
+        wrong = diffusion_network(result).differing(state, tensors)
+        if not wrong:
+            return
+        fault = f"without {len(wrong)} of its tensors, e.g. '{wrong[0]}'"
+    raise ModelError(
+        f"ComfyUI {COMFYUI_VERSION} would load the quantized {name} {fault}: quantize its file with Stochastic FP8 "
+        "Quantize File instead"
+    )
+
+
+def load_quantized_clip(source, encoders: Mapping[str, ScaledStateDict], attachment: dict):
+    """A new CLIP of `source`'s class with the state dicts of some encoders, and everything else as in `source`.
+
+    encoders: prefix of an encoder in the CLIP, such as `t5xxl.transformer.` -> its state dict.
+    """
+    joined = ScaledStateDict()
+    for prefix, state in encoders.items():
+        joined.add(state, prefix)
+    kept = {
+        name: tensor
+        for name, tensor in source.cond_stage_model.state_dict().items()
+        if not name.startswith(tuple(encoders))
+    }
     target = SimpleNamespace(
         params={}, clip=type(source.cond_stage_model), tokenizer=lambda **keywords: source.tokenizer
     )
-    result = _create_clip(target, state, layers)
+    result = _create_clip(target, kept | native_tensors(joined), joined)
     for name in ("layer_idx", "use_clip_schedule", "apply_hooks_to_conds"):
         setattr(result, name, getattr(source, name))
     result.tokenizer_options = dict(source.tokenizer_options)
@@ -154,15 +147,6 @@ def sampling_keys(model) -> dict[str, torch.Tensor]:
     return keys
 
 
-def model_metadata(model) -> dict[str, str]:
-    """The `config` entry, off which the loader reads what the shapes of LTX-Video's weights do not tell."""
-    config = model.model.model_config.unet_config
-    if config.get("image_model") not in ("ltxv", "ltxav"):
-        return {}
-    plain = {name: value for name, value in config.items() if isinstance(value, (str, int, float, bool, list))}
-    return {"config": json.dumps({"transformer": plain}, sort_keys=True)}
-
-
 def _load_diffusion_model(state: dict, options: dict, metadata: dict, **keywords):
     """The loader takes its arguments apart: it gets copies."""
     return comfy.sd.load_diffusion_model_state_dict(
@@ -179,44 +163,79 @@ def _compute_dtype(model) -> torch.dtype:
     return comfy.model_management.unet_dtype(model_params=model.model_size(), supported_dtypes=supported)
 
 
-def _create_clip(target, state: dict, layers: dict):
+def _create_clip(target, tensors: dict, state: ScaledStateDict):
     """Newer versions find quantized layers by inline entries in the state dict, 0.3.75 by a JSON string."""
     options: dict = {}
+    native = LAYOUTS["native"]
     in_constructor = "state_dict" in inspect.signature(comfy.sd.CLIP).parameters
-    if not layers:
+    if not state.layers:
         pass
     elif in_constructor:
         options["quantization_metadata"] = {"mixed_ops": True}
-        state = state | {
-            f"{name}.comfy_quant": torch.frombuffer(bytearray(json.dumps(entry).encode()), dtype=torch.uint8)
-            for name, entry in layers.items()
-        }
+        tensors = tensors | native.markers(state.layers)
     else:
-        options["quantization_metadata"] = json.dumps({"layers": layers})
+        options["quantization_metadata"] = native.metadata(state.layers)[HEADER_ENTRY]
         if comfy.model_management.text_encoder_device().type == "cpu":
             options["dtype"] = torch.float32
-    parameters = sum(tensor.numel() for tensor in state.values())
+    parameters = sum(tensor.numel() for tensor in tensors.values())
     if in_constructor:
-        return comfy.sd.CLIP(target, parameters=parameters, state_dict=state, model_options=options)
+        return comfy.sd.CLIP(target, parameters=parameters, state_dict=tensors, model_options=options)
     clip = comfy.sd.CLIP(target, parameters=parameters, model_options=options)
-    missing, _ = clip.load_sd(state, full_model=True)
+    missing, _ = clip.load_sd(tensors, full_model=True)
     if missing:
         log.warning("text encoder tensors missing: %s", ", ".join(missing))
     return clip
 
 
 def _carry_over(source, result, attachment: dict) -> None:
-    """Give `result` all that a clone of `source` would have, but the weights and their patches."""
-    clone = source.clone()
-    for name in _CARRIED:
-        if hasattr(clone, name):
-            setattr(result, name, getattr(clone, name))
-    for name, patch in clone.object_patches.items():
-        if isinstance(patch, torch.nn.Module) and any(True for _ in patch.parameters()):
-            log.warning("the patch of %s holds weights of the original model and is left out: apply it after", name)
+    """Give `result` all that a clone of `source` would have, but the weights and their patches.
+
+    Whatever holds on to the network of `source` is rebound to that of `result`. LoRAs in bypass mode are baked into
+    the weights and left out. Raises ModelError for what cannot be rebound.
+    """
+    clone, rebinder = source.clone(), Rebinder(source, result)
+    clone.model_options = _copied(source.model_options)  # 0.3.75 copies the objects in it too, and what they hold
+    clone.injections = {
+        key: [_without_class(injection) for injection in injections]
+        for key, injections in clone.injections.items()
+        if not any(bypass_managers(injections))
+    }
+    for name in (*_CARRIED, "object_patches"):
+        if not hasattr(clone, name):
+            continue
+        value = getattr(clone, name)
+        if isinstance(value, dict):
+            value = {key: _rebound(rebinder, item, f"{name} '{key}'") for key, item in value.items()}
         else:
-            result.object_patches[name] = patch
+            value = _rebound(rebinder, value, name)
+        setattr(result, name, value)
+    result.injections = {
+        key: [comfy.patcher_extension.PatcherInjection(inject, eject) for inject, eject in injections]
+        for key, injections in result.injections.items()
+    }
     result.set_attachments(ATTACHMENT, attachment)
+
+
+def _copied(value):
+    """The same things in containers of their own."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if type(value) is list else value
+
+
+def _without_class(injection) -> tuple:
+    """An injection as a tuple, which can be rebound."""
+    return injection.inject, injection.eject
+
+
+def _rebound(rebinder: Rebinder, value, what: str):
+    try:
+        return rebinder.rebind(value)
+    except StillBound:
+        raise ModelError(
+            f"another node left something in this model that uses its unquantized weights ({what}): put that node "
+            "after Stochastic FP8 Quantize"
+        ) from None
 
 
 def diffusion_prefix(model) -> str:

@@ -1,73 +1,153 @@
-"""The networks inside a MODEL or a CLIP: their tensors by published name, patched or as they are."""
+"""The networks inside a MODEL or a CLIP: their tensors by published name, patched or as they are stored.
+
+Network implements the engine's Weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 
 import comfy.lora
+import comfy.model_management
 import comfy.ops
 import comfy.utils
+import comfy.weight_adapter
 import torch
 
-from ..kernels import FORMATS, dequantize_tensor
+from ..kernels import FORMATS, Recipe, StochasticFP8Error, dequantize_tensor
+from ..kernels.display import count
+from ..kernels.engine.notes import finely_scaled_note
+from ..kernels.engine.weights import Read
 from ..kernels.files.header import TensorInfo
-from ..kernels.numerics.transfers import to_device
+from ..kernels.numerics.error_statistics import evenly_spaced
+from ..kernels.numerics.transfers import Prefetcher, to_device
+from ..kernels.selection.presets import DIFFUSION, TEXT_ENCODER
+from ..kernels.state_dict.layouts import FULL_PRECISION, MARKING_NAMES, ScaledLayer
+from ..kernels.state_dict.scaled_state_dict import ScaledStateDict, ScaledWeight, TensorEntry
+from ..kernels.state_dict.source_scales import dequantize_blocks
+from .devices import make_room
 
-FLOAT8 = {format.dtype for format in FORMATS.values()}
-
-_SCALES = ("weight_scale", "scale_weight", "input_scale", "scale_input", "scaled_fp8", "comfy_quant")
-"""Last parts of names that belong to a quantized weight and are no parameters of their own."""
+FLOAT8 = {float8.dtype for float8 in FORMATS.values()}
 
 _RENAMED_NORMS = {"flux", "flux2", "chroma", "chroma_radiance", "hunyuan_video", "hunyuan3d2"}
 """Image models whose RMSNorm tensors are published as `scale`, which newer versions call `weight` in the module."""
 
-
 _DTYPE_MARKERS = {"encoder.final_layer_norm.weight", "model.norm.weight"}
-"""Tensors off which the loaders of text encoders read the type of all others: never narrowed."""
+"""The loaders of text encoders read the dtype of all other tensors off these: never narrowed."""
+
+_CONFIG_IN_METADATA = ("ltxv", "ltxav")
+"""Image models whose loader reads settings from the `config` entry, because the shapes of the weights do not tell."""
 
 
-class ModelError(ValueError):
+SAMPLES = 16
+"""Values per tensor that are compared with what the loader was given."""
+
+
+class ModelError(StochasticFP8Error, ValueError):
     """A MODEL or CLIP that cannot be used as it is; the message names the way out."""
-
-
-@dataclass(frozen=True)
-class ScaledWeight:
-    """A weight that is scaled FP8 already: `codes` (float8) and `scale` (fp32, 0-dim)."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    full_precision: bool = True
-    input_scale: torch.Tensor | None = None
-
-    @property
-    def format(self) -> str:
-        return str(self.codes.dtype).removeprefix("torch.")
 
 
 class Network:
     """One network of a patcher: the module under `prefix`, such as `diffusion_model.`."""
 
-    def __init__(self, patcher, prefix: str):
+    def __init__(self, patcher, prefix: str, name: str):
+        """name: what reports and errors call it."""
         self.patcher = patcher
         self.prefix = prefix
+        self.name = name
+        self.kind = TEXT_ENCODER if patcher.is_clip else DIFFUSION
         self.module = comfy.utils.get_attr(patcher.model, prefix.rstrip("."))
         self._config = getattr(patcher.model, "model_config", None)
+        self._bypass = bypass_patches(patcher)
         with patcher.use_ejected():
             self._names = dict(self._published())
-        self.scaled = {name: scaled for name in self._names if (scaled := self._scaled(name)) is not None}
-        """The weights that are scaled FP8 already, by published name."""
-        self._infos: dict[str, TensorInfo] = {}
+
+    # What the engine asks (Weights)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by published name, without prefix, with the dtype that a file would hold."""
+        return {name: TensorInfo.of(self.stored(name)) for name in self._names}
+
+    @cached_property
+    def scaled(self) -> dict[str, ScaledWeight]:
+        """The weights that are scaled FP8 already."""
+        return {name: scaled for name in self._names if (scaled := self._scaled(name)) is not None}
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The published names of all tensors, without prefix."""
-        return tuple(self._names)
+    def patched(self) -> list[str]:
+        """The tensors that a LoRA or another patch changes, LoRAs in bypass mode included."""
+        return [name for name in self._names if self._patches(name)]
 
     @property
-    def is_text_encoder(self) -> bool:
-        """Text encoders multiply in full precision whatever a file says, and 0.3.75 cannot load one that says so."""
-        return self.patcher.is_clip
+    def metadata(self) -> dict[str, str]:
+        """The `config` entry, for the families whose loader needs it."""
+        config = self._config.unet_config if self._config and self.kind == DIFFUSION else {}
+        if config.get("image_model") not in _CONFIG_IN_METADATA:
+            return {}
+        plain = {name: value for name, value in config.items() if isinstance(value, (str, int, float, bool, list))}
+        return {"config": json.dumps({"transformer": plain}, sort_keys=True)}
+
+    @property
+    def notes(self) -> list[str]:
+        """FP8 with other scales, or with none: ComfyUI 0.3.75 casts what a file in layout legacy does not scale."""
+        others = [name for name in self._names if name not in self.scaled and name not in self._finely_scaled]
+        cast, fine = sum(self.tensor(name).dtype in FLOAT8 for name in others), len(self._finely_scaled)
+        notes = [finely_scaled_note(fine)] if fine else []
+        if cast:
+            notes.append(f"{count(cast, 'tensor')} cast to FP8 without a scale by ComfyUI's loader: the loss stays")
+        return notes
+
+    def check(self, names: Collection[str], recipe: Recipe) -> None:
+        """Raises ModelError for weights that cannot be quantized from here: foreign formats, FP8 without a scale."""
+        plain = set(self._names) - set(self.scaled) - self._finely_scaled
+        for name in sorted(plain & {f"{linear}.weight" for linear in self.linear_names}):
+            weight = self.tensor(name)
+            if type(weight) not in (torch.Tensor, torch.nn.Parameter) or not weight.dtype.is_floating_point:
+                raise ModelError(
+                    f"the weights of {self.name} are {type(weight).__name__} of {weight.dtype} (GGUF or another format "
+                    f"that this node cannot read, e.g. '{name}'): load the 16-bit .safetensors file with Load "
+                    "Diffusion Model instead"
+                )
+            if weight.dtype in FLOAT8:
+                raise ModelError(
+                    f"the weights of {self.name} are already FP8 without a scale (e.g. '{name}'), and what that lost "
+                    "cannot be recovered: set weight_dtype to default in Load Diffusion Model, and start from the "
+                    "16-bit file"
+                )
+
+    def entry(self, name: str) -> TensorEntry:
+        """A tensor as numbers: scaled FP8 multiplied out, patches applied. Not a copy where neither is needed."""
+        device = comfy.model_management.unet_offload_device()
+        return TensorEntry(self.tensors[name], lambda: self.value(name, device))
+
+    def input_scale(self, name: str) -> torch.Tensor | None:
+        return self.scaled[name].input_scale if name in self.scaled else None
+
+    @contextmanager
+    def reading(self, names: Sequence[str], device: torch.device) -> Iterator[Iterator[Read]]:
+        """Weights in the narrowest dtype that holds their values. The next one is sent to a GPU ahead of its turn."""
+        has_room = make_room(device, [self.tensors[name].nbytes for name in names])
+        with Prefetcher(device, has_room) as prefetcher:
+            yield self._read_ahead(names, device, prefetcher)
+
+    def error(self, text: str) -> ModelError:
+        return ModelError(f"{self.name} {text}")
+
+    # What saving and calibrating need beside it
+
+    def saved_state_dict(self) -> ScaledStateDict:
+        """The network as a file holds it: stored codes and scales, and everything else in its narrowest dtype."""
+        state = ScaledStateDict(metadata=self.metadata)
+        for name, info in self.tensors.items():
+            if name in self.scaled:
+                state.add_weight(name, self.scaled[name])
+            else:
+                state.tensors[name] = TensorEntry(info, partial(self.stored, name))
+        return state
 
     @property
     def linear_names(self) -> set[str]:
@@ -78,64 +158,92 @@ class Network:
             if isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
         }
 
-    @property
-    def patched_names(self) -> list[str]:
-        """The tensors that a LoRA or another patch changes."""
-        return [name for name in self._names if self._key(name) in self.patcher.patches]
+    def differing(self, state: ScaledStateDict, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of tensors that this network lacks, has in addition, or holds with values other than it was given.
+
+        tensors: what the loader was given, by name. Values are compared on a few samples per tensor.
+        """
+        names = {*state.tensors, *state.weights}
+        wrong = sorted(names ^ set(self._names))
+        for name in sorted(names & set(self._names)):
+            if name in state.weights:
+                same = name in self.scaled and _samples_equal(self.scaled[name].codes.read(), tensors[name])
+            else:
+                same = name not in self.scaled and _samples_equal(self.tensor(name), tensors[name])
+            if not same:
+                wrong.append(name)
+        return wrong
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor without patches, wherever and in whatever class ComfyUI keeps it."""
         key = self._key(name)
         if key in self.patcher.backup:
-            return self.patcher.backup[key].weight
+            return _data(self.patcher.backup[key].weight)
         if key in self.patcher.hook_backup:
-            return self.patcher.hook_backup[key][0]
-        return comfy.utils.get_attr(self.module, self._names[name])
+            return _data(self.patcher.hook_backup[key][0])
+        return _data(comfy.utils.get_attr(self.module, self._names[name]))
 
     def value(self, name: str, device: torch.device) -> torch.Tensor:
         """The tensor on `device` as numbers: scaled FP8 multiplied out, patches applied in fp32."""
         scaled = self.scaled.get(name)
         if scaled:
-            x = dequantize_tensor(to_device(scaled.codes, device), scaled.scale)
+            x = dequantize_tensor(to_device(scaled.codes.read(), device), scaled.scale)
+        elif name in self._finely_scaled:
+            x = self._dequantized(name).to(device)
         else:
             x = to_device(self.tensor(name).detach(), device)
-        patches = self.patcher.patches.get(self._key(name))
+        patches = self._patches(name)
         if not patches:
             return x
         return comfy.lora.calculate_weight(patches, x.to(torch.float32, copy=True), self._key(name))
 
     def is_plain(self, name: str) -> bool:
         """Whether the value is the tensor itself: neither scaled FP8 nor patched."""
-        return name not in self.scaled and self._key(name) not in self.patcher.patches
+        return name not in self.scaled and name not in self._finely_scaled and not self._patches(name)
 
     def stored(self, name: str) -> torch.Tensor:
-        """The tensor as a file holds it: codes, or the narrowest float type that keeps every value."""
+        """The tensor without patches as a file holds it: codes, or the narrowest float dtype that keeps every value."""
         if name in self.scaled:
-            return self.scaled[name].codes
+            return self.scaled[name].codes.read()
+        if name in self._finely_scaled:
+            return self._dequantized(name).bfloat16()
         tensor = self.tensor(name).detach()
         return tensor if name in _DTYPE_MARKERS else narrow(tensor)
 
-    def info(self, name: str) -> TensorInfo:
-        if name not in self._infos:
-            self._infos[name] = TensorInfo.of(self.stored(name))
-        return self._infos[name]
+    @cached_property
+    def _finely_scaled(self) -> set[str]:
+        """FP8 weights with a scale per row or block."""
+        return {name for name in self._names if name not in self.scaled and self._codes(name)[0] is not None}
 
-    def check_source(self) -> None:
-        """Raises ModelError for weights that cannot be quantized from here: foreign formats, FP8 without a scale."""
-        weights = {f"{name}.weight" for name in self.linear_names} & set(self.names) - set(self.scaled)
-        for name in sorted(weights):
-            weight = self.tensor(name)
-            if type(weight) not in (torch.Tensor, torch.nn.Parameter) or not weight.dtype.is_floating_point:
-                raise ModelError(
-                    f"the weights of this model are {type(weight).__name__} of {weight.dtype} (GGUF or another foreign "
-                    f"format, e.g. '{name}'): load the 16-bit .safetensors file with Load Diffusion Model instead"
-                )
-            if weight.dtype in FLOAT8:
-                raise ModelError(
-                    f"the weights of this model are FP8 without a scale already (e.g. '{name}'), and what that lost "
-                    "cannot be brought back: set weight_dtype to default in Load Diffusion Model, and start from the "
-                    "16-bit file"
-                )
+    def _dequantized(self, name: str) -> torch.Tensor:
+        codes, scale, _ = self._codes(name)
+        try:
+            return dequantize_blocks(codes, scale)
+        except ValueError as error:
+            raise ModelError(
+                f"the scale of '{name}' is not understood: {error}; load the 16-bit model instead"
+            ) from error
+
+    def _read_ahead(self, names: Sequence[str], device: torch.device, prefetcher: Prefetcher) -> Iterator[Read]:
+        for i, name in enumerate(names):
+            self._prefetch(prefetcher, names[i : i + 2])
+            start = self.tensor(name).device if self.is_plain(name) else device
+            yield partial(self._read, name, start, prefetcher)
+
+    def _read(self, name: str, device: torch.device, prefetcher: Prefetcher):
+        return narrow(self.value(name, device)), prefetcher
+
+    def _prefetch(self, prefetcher: Prefetcher, names: Sequence[str]) -> None:
+        """Send weights ahead, up to one that is patched or widened first: that needs the room on the GPU."""
+        for name in names:
+            tensor = self.tensor(name)
+            if not self.is_plain(name) or tensor.itemsize != 2:
+                return
+            prefetcher.prefetch(tensor)
+
+    def _patches(self, name: str) -> list[tuple]:
+        key = self._key(name)
+        return [*self.patcher.patches.get(key, ()), *self._bypass.get(key, ())]
 
     def _key(self, name: str) -> str:
         return self.prefix + self._names[name]
@@ -146,7 +254,7 @@ class Network:
         tensors |= dict(self.module.named_buffers(remove_duplicate=False))
         saved = self.module.state_dict()
         for name in tensors:
-            if name in saved and name.rpartition(".")[2] not in _SCALES:
+            if name in saved and name.rpartition(".")[2] not in MARKING_NAMES:
                 yield self._published_name(name), name
 
     def _published_name(self, name: str) -> str:
@@ -158,33 +266,70 @@ class Network:
         return f"{owner}.scale" if is_norm else name
 
     def _scaled(self, name: str) -> ScaledWeight | None:
-        """The codes and the scale of a weight: a QuantizedTensor, or, in 0.3.75, a module with `scale_weight`."""
+        """A weight in FP8 with one scale."""
+        codes, scale, module = self._codes(name)
+        if codes is None or scale.numel() != 1:
+            return None
+        input_scale = getattr(module, "input_scale", getattr(module, "scale_input", None))
+        layer = ScaledLayer(
+            name.removesuffix(".weight"), str(codes.dtype).removeprefix("torch."), self._full_precision(name, module)
+        )
+        return ScaledWeight(
+            layer,
+            tuple(codes.shape),
+            TensorEntry.of(codes),
+            _scalar(scale),
+            None if input_scale is None else _scalar(input_scale),
+            source_bytes=codes.nbytes,
+        )
+
+    def _codes(self, name: str) -> tuple:
+        """(codes, scale, module) of an FP8 weight: a QuantizedTensor, or, in 0.3.75, a module with `scale_weight`.
+
+        (None, None, module) for any other tensor. Raises ModelError for other quantizations.
+        """
         weight = self.tensor(name)
         module = comfy.utils.get_attr(self.module, self._names[name].rpartition(".")[0]) if "." in name else self.module
         if hasattr(weight, "_qdata"):
             codes, scale = weight._qdata, _scale(weight)
-        elif weight.dtype in FLOAT8 and hasattr(module, "scale_weight"):
+        elif name.endswith(".weight") and weight.dtype in FLOAT8 and hasattr(module, "scale_weight"):
             codes, scale = weight, module.scale_weight
         else:
-            return None
-        if codes.dtype not in FLOAT8 or scale is None or scale.numel() != 1:
+            return None, None, module
+        if codes.dtype not in FLOAT8 or scale is None:
             kind = getattr(module, "quant_format", None) or codes.dtype
             raise ModelError(f"'{name}' is quantized as {kind}, which is not scaled FP8: load the 16-bit model instead")
-        input_scale = getattr(module, "input_scale", getattr(module, "scale_input", None))
-        return ScaledWeight(
-            codes.detach(), scale.detach().float().reshape(()), self._full_precision(name, module), input_scale
-        )
+        return _data(codes), scale, module
 
     def _full_precision(self, name: str, module: torch.nn.Module) -> bool:
         """Newer versions keep the choice in the module, 0.3.75 in the model's configuration (for MODELs only)."""
-        if self.is_text_encoder:
+        if self.kind == TEXT_ENCODER:
             return False
         if hasattr(module, "_full_precision_mm_config"):
             return bool(module._full_precision_mm_config)
         layers = getattr(self._config, "layer_quant_config", None)
         if layers:
-            return bool(layers.get(name.removesuffix(".weight"), {}).get("full_precision_matrix_mult", False))
+            return bool(layers.get(name.removesuffix(".weight"), {}).get(FULL_PRECISION, False))
         return not (self._config and self._config.optimizations.get("fp8", False))
+
+
+def bypass_managers(injections: Iterable) -> Iterator:
+    """The managers of LoRAs in bypass mode behind some injections; none in versions without that mode."""
+    known = getattr(comfy.weight_adapter, "BypassInjectionManager", None)
+    for injection in injections:
+        for cell in getattr(injection.inject, "__closure__", None) or ():
+            if known and isinstance(cell.cell_contents, known):
+                yield cell.cell_contents
+
+
+def bypass_patches(patcher) -> dict[str, list[tuple]]:
+    """Weight patches that do what a patcher's LoRAs in bypass mode do during the forward pass."""
+    patches: dict[str, list[tuple]] = {}
+    for injections in patcher.injections.values():
+        for manager in bypass_managers(injections):
+            for key, (adapter, strength) in manager.adapters.items():
+                patches.setdefault(f"{key}.weight", []).append((strength, adapter, 1.0, None, None))
+    return patches
 
 
 def narrow(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,8 +348,30 @@ def narrow(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _data(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without autograd. After ComfyUI has unloaded a model, its weights can be inference tensors, of which
+    PyTorch refuses views outside of inference mode; it does not refuse those of `.data`."""
+    return tensor.data if type(tensor) in (torch.Tensor, torch.nn.Parameter) else tensor
+
+
+def _samples_equal(loaded: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether some evenly spaced values are equal, up to the rounding to the loaded dtype."""
+    if loaded.numel() != given.numel():
+        return False
+    loaded, given = loaded.detach().reshape(-1), given.detach().reshape(-1)
+    chosen = evenly_spaced(loaded.numel(), SAMPLES)
+    loaded, given = loaded[chosen].cpu(), given[chosen].cpu().to(loaded.dtype)
+    if loaded.dtype in FLOAT8:
+        return torch.equal(loaded.view(torch.uint8), given.view(torch.uint8))
+    return torch.allclose(loaded, given, rtol=0, atol=0, equal_nan=True)
+
+
 def _scale(weight) -> torch.Tensor | None:
     """A QuantizedTensor's scale: in `_params` in newer versions, in a dict in 0.3.75."""
     if hasattr(weight, "_params"):
         return weight._params.scale
     return weight._layout_params.get("scale")
+
+
+def _scalar(scale: torch.Tensor) -> torch.Tensor:
+    return _data(scale).float().reshape(())

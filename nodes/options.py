@@ -1,150 +1,278 @@
-"""The choices that several nodes share: inputs generated from the library's tables, and what they stand for."""
+"""Inputs and outputs that several nodes share, and the Recipe that a node's inputs stand for."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from collections.abc import Mapping
+from typing import Any
 
+import comfy.samplers
 from comfy_api.latest import io
 
-from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
+from ..kernels import ROUNDINGS, Recipe
 from ..kernels.calibration.moments import Calibration
 from ..kernels.choices import choose
-from ..kernels.engine.file_job import NONFINITE
-from ..kernels.numerics.rounding import METHODS
-from ..kernels.selection.selection import LAYERS
-from ..kernels.state_dict.layouts import LAYOUTS, MATMULS
+from ..kernels.errors import PatternError
+from ..kernels.numerics.rounding import CALIBRATED
+from ..kernels.recipe import FORMATS, LAYERS, LAYOUTS, MATMULS, NONFINITE, SCALINGS
 from .devices import devices
-from .schema import FP8Calibration, fit
+from .schema import FP8Calibration, FP8Report, newer
 
 MATMUL_NAMES = {"full precision": "full", "fp8": "fp8"}
-"""What the nodes call the library's MATMULS."""
+"""The nodes' name of a choice of `matmul` -> the library's."""
 
 LARGEST_SEED = 2**64 - 1
 
-_TABLES = {
-    "format": FORMATS,
-    "rounding": METHODS,
-    "scaling": SCALINGS,
-    "layers": LAYERS,
-    "layout": LAYOUTS,
-    "nonfinite": NONFINITE,
-}
 
-_FORMAT_TOOLTIP = (
-    "E4M3 keeps finer detail and is right for almost every model. E5M2 is coarser (more grain in the image) but holds "
-    "a wider range; it needs a recent ComfyUI."
-)
-_ROUNDING_TOOLTIP = (
-    "How each weight finds its place on the coarse FP8 grid. For an image closest to the original choose calibrated, "
-    "where there is a calibration, or else nearest. The stochastic methods have twice its squared error but no bias: "
-    "for sums over many weights, repeated quantization and research."
-)
-_SCALING_TOOLTIP = (
-    "How each layer is stretched over the FP8 range before rounding. Without a scale, small weights vanish and large "
-    "ones are cut off, which costs detail."
-)
-_SEED_TOOLTIP = (
-    "Another seed rounds the same weights another way: the image changes a little, its quality does not. The same seed "
-    "always gives the same model."
-)
-_LAYERS_TOOLTIP = (
-    "Which layers become FP8. auto knows the model and leaves alone those that would show in the image; all_linear "
-    "saves the most memory and costs the most quality."
-)
-_KEEP_TOOLTIP = (
-    "Layers that stay in full precision, one pattern a line, e.g. blocks.0.attn or *norm*. More of them: closer to the "
-    "original image, larger model."
-)
-_ONLY_TOOLTIP = "Only these layers become FP8, one pattern a line. Empty: all that the setting above chooses."
-_MATMUL_TOOLTIP = (
-    "full precision keeps the image's detail. fp8 also rounds what flows through the layers, on GPUs that can multiply "
-    "FP8: faster, with visible losses."
-)
-_NONFINITE_TOOLTIP = "Weights that are NaN or infinite (a damaged model): stop and name them, or leave those layers be."
-_CALIBRATION_TOOLTIP = (
-    "What FP8 Calibration recorded of this model: for rounding calibrated, which then loses about a third of what "
-    "nearest loses, and for the range of activations where matmul is fp8."
-)
-_DEVICE_TOOLTIP = (
-    "Where the rounding is computed. The result is the same everywhere (calibrated: nearly), only the time differs."
-)
-_LAYOUT_TOOLTIP = (
-    "How the file says that its weights are scaled. native loads in ComfyUI 0.3.75 and newer; legacy is for versions "
-    "before October 2025, and for E5M2 or all-in-one files in 0.3.75. Loaded by a version that does not read it, a "
-    "file gives noise."
-)
+def with_choices(tooltip: str, table: Mapping[str, Any]) -> str:
+    """A tooltip that ends with one line per choice. The table's values are descriptions, or have a `description`."""
+    lines = [f"{name}: {entry if isinstance(entry, str) else entry.description}" for name, entry in table.items()]
+    return "\n".join([tooltip, *lines])
 
 
-def combo(name: str, table, tooltip: str, **keywords) -> io.Combo.Input:
-    """A drop-down of a table's keys; the tooltip ends with each entry's description."""
-    lines = [f"{key}: {_description(entry)}" for key, entry in table.items()]
-    return fit(io.Combo.Input, name, options=list(table), tooltip="\n".join([tooltip, *lines]), **keywords)
-
-
-def _description(entry) -> str:
-    return entry if isinstance(entry, str) else getattr(entry, "description", "")
-
-
-def rounding_inputs(roundings=ROUNDINGS) -> list:
-    """format, rounding, scaling, seed: what becomes of a number. roundings: METHODS where there is a calibration."""
+def rounding_inputs(roundings: Mapping[str, Any] = ROUNDINGS) -> list[io.Input]:
+    """format, rounding, scaling, seed. roundings: METHODS for a node with an input `calibration`."""
+    calibrates = CALIBRATED.name in roundings
+    closest = "calibrated if you have a calibration, nearest otherwise" if calibrates else "nearest"
+    seedless = "nearest and calibrated ignore" if calibrates else "nearest ignores"
     return [
-        fit(io.Combo.Input, "format", options=list(FORMATS), default="float8_e4m3fn", tooltip=_FORMAT_TOOLTIP),
-        combo("rounding", roundings, _ROUNDING_TOOLTIP, default="stochastic"),
-        combo("scaling", SCALINGS, _SCALING_TOOLTIP, default="absmax"),
-        fit(
-            io.Int.Input,
-            "seed",
-            default=0,
-            min=0,
-            max=LARGEST_SEED,
-            control_after_generate=False,
-            tooltip=_SEED_TOOLTIP,
+        io.Combo.Input(
+            "format",
+            options=list(FORMATS),
+            default="float8_e4m3fn",
+            tooltip="float8_e4m3fn keeps finer detail and suits almost every model. float8_e5m2 holds a wider range "
+            "with coarser steps, which adds grain to the image. ComfyUI 0.3.75 runs float8_e5m2 only from files in "
+            "layout legacy.",
+        ),
+        io.Combo.Input(
+            "rounding",
+            options=list(roundings),
+            default="stochastic",
+            tooltip=with_choices(
+                "How each weight is rounded to the coarse FP8 grid. For the image closest to the original, choose "
+                f"{closest}. The stochastic methods have twice the squared error of nearest, but no bias: they are "
+                "for sums over many weights, repeated quantization and research.",
+                roundings,
+            ),
+        ),
+        io.Combo.Input(
+            "scaling",
+            options=list(SCALINGS),
+            default="absmax",
+            tooltip=with_choices(
+                "How each layer is scaled to the FP8 range before rounding. Without a scale, small weights become "
+                "zero and large ones are cut off, which costs detail.",
+                SCALINGS,
+            ),
+        ),
+        seed_input(
+            "Another seed rounds the same weights differently. The image changes slightly, its quality does not. The "
+            f"same seed always gives the same model. {seedless} the seed."
         ),
     ]
 
 
-def layer_inputs() -> list:
+def seed_input(tooltip: str, optional: bool = False) -> io.Int.Input:
+    """A seed that stays as it is from one run to the next."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=LARGEST_SEED,
+        control_after_generate=False,
+        optional=optional,
+        tooltip=tooltip,
+    )
+
+
+def layer_inputs() -> list[io.Input]:
     """layers, keep, only: which layers are quantized."""
-    pattern = {"multiline": True, "optional": True, "default": ""}
     return [
-        combo("layers", LAYERS, _LAYERS_TOOLTIP, default="auto"),
-        fit(io.String.Input, "keep", tooltip=_KEEP_TOOLTIP, **pattern),
-        fit(io.String.Input, "only", tooltip=_ONLY_TOOLTIP, **pattern),
+        io.Combo.Input(
+            "layers",
+            options=list(LAYERS),
+            default="auto",
+            tooltip=with_choices(
+                "Which layers become FP8. auto recognizes the model and leaves out the layers where FP8 would show in "
+                "the image. all_linear saves the most memory and costs the most quality.",
+                LAYERS,
+            ),
+        ),
+        io.String.Input(
+            "keep",
+            default="",
+            multiline=True,
+            optional=True,
+            tooltip="Layers that are not quantized, one pattern per line, e.g. blocks.0.attn or *norm*. Keeping more "
+            "layers brings the image closer to the original and makes the model larger.",
+        ),
+        io.String.Input(
+            "only",
+            default="",
+            multiline=True,
+            optional=True,
+            tooltip="Quantizes only these layers, one pattern per line. Leave it empty to quantize every layer that "
+            "'layers' selects.",
+        ),
     ]
 
 
 def matmul_input() -> io.Combo.Input:
-    table = {name: MATMULS[key] for name, key in MATMUL_NAMES.items()}
-    return combo("matmul", table, _MATMUL_TOOLTIP, default="full precision", optional=True, advanced=True)
+    return newer(
+        io.Combo.Input,
+        "matmul",
+        options=list(MATMUL_NAMES),
+        default="full precision",
+        optional=True,
+        advanced=True,
+        tooltip=with_choices(
+            "How the quantized layers compute. full precision keeps the detail of the image. fp8 is faster on GPUs "
+            "that multiply FP8, with visible losses.",
+            {name: MATMULS[key] for name, key in MATMUL_NAMES.items()},
+        ),
+    )
 
 
 def nonfinite_input() -> io.Combo.Input:
-    return combo("nonfinite", NONFINITE, _NONFINITE_TOOLTIP, default="error", optional=True, advanced=True)
+    return newer(
+        io.Combo.Input,
+        "nonfinite",
+        options=list(NONFINITE),
+        default="error",
+        optional=True,
+        advanced=True,
+        tooltip=with_choices("What to do with weights that are NaN or infinite, as in a damaged model.", NONFINITE),
+    )
 
 
 def device_input() -> io.Combo.Input:
-    return fit(
+    return newer(
         io.Combo.Input,
         "device",
         options=devices(),
         default="auto",
-        tooltip=_DEVICE_TOOLTIP,
         optional=True,
         advanced=True,
+        tooltip="Where the rounding is computed. The result is the same on every device (calibrated: nearly the "
+        "same). Only the time differs.",
     )
 
 
-def calibration_input(tooltip: str = _CALIBRATION_TOOLTIP) -> io.Custom.Input:
-    return fit(FP8Calibration.Input, "calibration", optional=True, tooltip=tooltip)
+def calibration_input(
+    tooltip: str = "What FP8 Calibration recorded for this model. Rounding calibrated needs it: the error of the "
+    "layers' outputs is then about a third of that of nearest. With matmul fp8 it also sets the range of each "
+    "layer's inputs, so that large ones are not cut off.",
+) -> io.Input:
+    return FP8Calibration.Input("calibration", optional=True, tooltip=tooltip)
 
 
 def layout_input() -> io.Combo.Input:
-    return combo("layout", LAYOUTS, _LAYOUT_TOOLTIP, default="native")
+    return io.Combo.Input(
+        "layout",
+        options=list(LAYOUTS),
+        default="native",
+        tooltip=with_choices(
+            "How the file stores its scales. native loads in ComfyUI 0.3.75 and newer. legacy is for versions before "
+            "October 2025, and in 0.3.75 for E5M2, all-in-one checkpoints and most text encoders. A file in a layout "
+            "that your ComfyUI cannot read gives noise or does not load.",
+            LAYOUTS,
+        ),
+    )
+
+
+def another_comfyui_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "for_another_comfyui",
+        default=False,
+        optional=True,
+        tooltip="Writes the file even if this ComfyUI would not load it or would show a wrong image. Turn it on only "
+        "for a file that another ComfyUI will load.",
+    )
+
+
+def sampler_inputs() -> list[io.Input]:
+    """steps, cfg, sampler_name, scheduler, denoise, as in KSampler."""
+    return [
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Use the number of steps you will render with."),
+        io.Float.Input(
+            "cfg",
+            default=5.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Use the guidance scale you will render with.",
+        ),
+        io.Combo.Input(
+            "sampler_name",
+            options=list(comfy.samplers.KSampler.SAMPLERS),
+            tooltip="Use the sampler you will render with.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=list(comfy.samplers.KSampler.SCHEDULERS),
+            tooltip="Use the scheduler you will render with.",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="1 renders from pure noise. Lower values keep part of the latent image.",
+        ),
+    ]
+
+
+def size_inputs(width: int, height: int) -> list[io.Input]:
+    """width and height of a figure in pixels."""
+    return [
+        io.Int.Input(
+            "width",
+            default=width,
+            min=256,
+            max=4096,
+            step=8,
+            optional=True,
+            tooltip="Width in pixels. A wider image is sharper and has larger text.",
+        ),
+        io.Int.Input(
+            "height",
+            default=height,
+            min=256,
+            max=4096,
+            step=8,
+            optional=True,
+            tooltip="Height in pixels. A taller image gives the panels more room.",
+        ),
+    ]
+
+
+def report_input() -> io.Input:
+    return FP8Report.Input("report", tooltip="The report of a quantize node.")
+
+
+def report_output() -> io.Output:
+    return FP8Report.Output(
+        id="FP8_REPORT",
+        display_name="report",
+        tooltip="What was quantized, and the error it caused. Connect it to FP8 Error Histogram or FP8 Layer Report.",
+    )
+
+
+def filename_output() -> io.String.Output:
+    return io.String.Output(
+        id="filename", display_name="filename", tooltip="The name under which ComfyUI's loader lists the file."
+    )
 
 
 def patterns(text: str) -> tuple[str, ...]:
-    """The patterns of a text box, separated by lines, commas or blanks, each once."""
+    """The patterns of a text box, separated by lines, commas or blanks. Repeated patterns count once.
+
+    Raises PatternError for a value that is not a string, which another node can send.
+    """
+    if not isinstance(text, str):
+        raise PatternError(f"patterns must be text, one per line; this is of type {type(text).__name__}")
     return tuple(dict.fromkeys(part for part in re.split(r"[\s,]+", text) if part))
 
 
@@ -154,15 +282,12 @@ def recipe(
     only: str = "",
     matmul: str = "full precision",
     calibration: Calibration | None = None,
-    **choices,
+    **choices: Any,
 ) -> Recipe:
     """The Recipe that a node's inputs stand for.
 
-    Raises ValueError naming the valid choices: ComfyUI lets anything through that arrives over a wire.
+    Raises UnknownChoiceError naming the valid choices: ComfyUI does not check values that come from another node.
     """
-    for name, choice in choices.items():
-        if name in _TABLES:
-            choose(_TABLES[name], choice, name)
     return Recipe(
         keep=patterns(keep),
         only=patterns(only),
@@ -170,8 +295,3 @@ def recipe(
         calibration=calibration.source if calibration else "",
         **choices,
     )
-
-
-def keywords(recipe: Recipe) -> dict:
-    """A Recipe as keywords of quantize_file and plan_file, which take a calibration itself and not its name."""
-    return {name: value for name, value in asdict(recipe).items() if name != "calibration"}

@@ -1,25 +1,29 @@
-"""Figures as IMAGE outputs; matplotlib is imported when the first one is drawn."""
+"""Figures as IMAGE outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..kernels.figures import to_image
 
-def draw_image(figure: Callable[[], object]) -> torch.Tensor:
-    """The IMAGE of the Figure that `figure` returns.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-    Raises RuntimeError saying what to install where matplotlib is missing.
+
+def draw_image(draw: Callable[[], Figure]) -> torch.Tensor:
+    """The figure that `draw` returns, as an IMAGE: float32 (1, height, width, 3) in 0..1.
+
+    Raises RuntimeError saying what to install where matplotlib is missing: it is imported when a figure is drawn.
     """
     try:
-        from ..kernels.figures import to_image
-
-        return to_image(figure())
+        return to_image(draw())
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         raise RuntimeError(
-            "this node draws with matplotlib, which is not installed: run `pip install matplotlib` in ComfyUI's Python "
-            "environment and start ComfyUI again"
+            "this node needs matplotlib, which is not installed: run `pip install matplotlib` in ComfyUI's Python "
+            "environment and restart ComfyUI"
         ) from error

@@ -1,4 +1,4 @@
-"""The progress bar and the live panel of a long job, which a user can cancel between two tensors."""
+"""The progress bar and the live panel of a long job, which the user can cancel between two tensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from ..kernels import ErrorStatistics
 from .live import LiveJob
 
 STEPS = 1000
-"""ComfyUI sends one message a step: enough for a smooth bar, few enough not to slow the job."""
+"""Steps of the progress bar. ComfyUI sends one message per step: these are enough for a smooth bar."""
 
 
-class Progress:
-    """Call it with (done, total, tensor key). Raises ComfyUI's InterruptProcessingException once cancelled."""
+class JobProgress:
+    """Shows a job's progress, and stops it when the user cancels.
+
+    Call it with (bytes done, bytes in total, key of the next tensor). Raises ComfyUI's InterruptProcessingException
+    after a cancel.
+    """
 
     def __init__(self) -> None:
         self._bar = ProgressBar(STEPS)
@@ -28,6 +32,6 @@ class Progress:
             self._shown = step
         self._live.tensor(done, total, key)
 
-    def observe(self, done: int, total: int, error: ErrorStatistics | None) -> None:
-        """Layers done, layers in all, and the statistics of the last one."""
+    def layer(self, done: int, total: int, error: ErrorStatistics | None) -> None:
+        """Layers done, layers in total, and the error of the last one."""
         self._live.layer(done, total, error)

@@ -13,21 +13,34 @@ from ..kernels.engine.file_job import quantize_file
 from ..kernels.files.reader import open_source
 from ..kernels.numerics.rounding import METHODS
 from .devices import compute_device, make_room
-from .files import find_source, fingerprint, list_sources, loader_name, target_path, workflow_metadata
+from .files import (
+    COMFYUI_VERSION,
+    OUTPUT_FOLDERS,
+    check_entries,
+    find_source,
+    fingerprint,
+    list_sources,
+    loader_name,
+    prefix_problem,
+    target_path,
+    workflow_metadata,
+)
 from .live import summary_output
 from .options import (
+    another_comfyui_input,
     calibration_input,
     device_input,
-    keywords,
+    filename_output,
     layer_inputs,
     layout_input,
     matmul_input,
     nonfinite_input,
     recipe,
+    report_output,
     rounding_inputs,
 )
-from .progress import Progress
-from .schema import CATEGORY, FP8Report, fit
+from .progress import JobProgress
+from .schema import CATEGORY, newer
 
 log = logging.getLogger("stochastic_fp8")
 
@@ -37,63 +50,90 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8QuantizeFile",
             display_name="Stochastic FP8 Quantize File",
             category=CATEGORY,
             search_aliases=["convert to fp8", "quantize checkpoint", "float8"],
             description=(
-                "Quantizes a file of any size to a scaled FP8 file, a few tensors in memory at a time, without loading "
-                "the model. In an all-in-one checkpoint the diffusion model and large text encoders are quantized; "
-                "VAE and CLIP stay as they are."
+                "Quantizes a file of any size to a scaled FP8 file. The model is not loaded: only a few tensors are in "
+                "memory at a time. In an all-in-one checkpoint, the diffusion model and large text encoders are "
+                "quantized. VAE and CLIP are copied unchanged."
             ),
             inputs=[
-                fit(io.Combo.Input, "file", options=list_sources(), tooltip="The 16-bit model to quantize."),
+                io.Combo.Input("file", options=list_sources(), tooltip="The 16-bit model file to quantize."),
                 *rounding_inputs(METHODS),
                 *layer_inputs()[:1],
-                fit(io.String.Input, "filename_prefix", default="stochastic_fp8", tooltip=_PREFIX_TOOLTIP),
+                io.String.Input(
+                    "filename_prefix",
+                    default="stochastic_fp8",
+                    tooltip="The name of the new file. A number is added, unless overwrite is on.",
+                ),
                 layout_input(),
-                fit(io.Boolean.Input, "overwrite", default=False, tooltip=_OVERWRITE_TOOLTIP),
-                fit(io.Boolean.Input, "requantize", default=False, tooltip=_REQUANTIZE_TOOLTIP),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip="Replaces an earlier file of this name, once the new one is complete and verified.",
+                ),
+                io.Boolean.Input(
+                    "requantize",
+                    default=False,
+                    tooltip="Accepts a file whose layers are already in this format. Rounding them again costs more "
+                    "quality.",
+                ),
                 *layer_inputs()[1:],
                 matmul_input(),
                 nonfinite_input(),
                 device_input(),
                 calibration_input(),
+                another_comfyui_input(),
             ],
-            outputs=[
-                io.String.Output(
-                    id="filename", display_name="filename", tooltip="The file's name as ComfyUI's loader lists it."
-                ),
-                FP8Report.Output(id="FP8_REPORT", display_name="report", tooltip=_REPORT_TOOLTIP),
-            ],
+            outputs=[filename_output(), report_output()],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return prefix_problem(filename_prefix, OUTPUT_FOLDERS.values()) or True
 
     @classmethod
     def fingerprint_inputs(cls, file, **choices):
         return fingerprint(file)
 
     @classmethod
-    def execute(cls, file, filename_prefix, overwrite, requantize, device="auto", calibration=None, **choices):
+    def execute(
+        cls,
+        file,
+        filename_prefix,
+        overwrite,
+        requantize,
+        device="auto",
+        calibration=None,
+        for_another_comfyui=False,
+        **choices,
+    ):
         kind, source = find_source(file)
+        chosen = recipe(**choices)
+        if not for_another_comfyui:
+            check_entries(chosen.layout, [chosen.format])
         target = target_path(kind, filename_prefix, overwrite)
         where = compute_device(device, comfy.model_management.get_torch_device())
         make_room(where, _tensor_sizes(source))
-        progress = Progress()
+        progress = JobProgress()
         report = quantize_file(
             source,
             target,
-            **keywords(recipe(**choices)),
+            chosen,
             calibration=calibration,
             requantize=requantize,
             overwrite=overwrite,
             device=where,
             metadata=workflow_metadata(cls.hidden),
+            for_comfyui=None if for_another_comfyui else COMFYUI_VERSION,
             progress=progress,
-            observe=progress.observe,
+            observe=progress.layer,
         )
         for note in report.notes:
             log.info("%s", note)
@@ -105,9 +145,3 @@ def _tensor_sizes(source: Path) -> Iterator[int]:
     """In bytes; the file is opened when the first is asked for."""
     with open_source(source) as opened:
         yield from (info.nbytes for info in opened.tensors.values())
-
-
-_PREFIX_TOOLTIP = "The new file's name; a number is counted up unless overwrite is on."
-_OVERWRITE_TOOLTIP = "Replace an earlier file of this name, once the new one is complete and verified."
-_REQUANTIZE_TOOLTIP = "Allow a file whose layers are in this format already. It loses quality a second time."
-_REPORT_TOOLTIP = "What was quantized and what it cost: connect it to FP8 Error Histogram or FP8 Layer Report."

@@ -6,9 +6,12 @@ import logging
 
 from comfy_api.latest import io
 
+from ..kernels.engine.quantization import recipe_entry
 from ..kernels.numerics.rounding import METHODS
-from . import in_graph, models
+from ..kernels.report.report import join_reports
+from . import models
 from .devices import compute_device
+from .in_graph import quantize_network
 from .live import summary_output
 from .options import (
     calibration_input,
@@ -17,13 +20,12 @@ from .options import (
     matmul_input,
     nonfinite_input,
     recipe,
+    report_output,
     rounding_inputs,
 )
-from .schema import CATEGORY, FP8Report, fit
+from .schema import CATEGORY, newer
 
 log = logging.getLogger("stochastic_fp8")
-
-_REPORT_TOOLTIP = "What was quantized and what it cost: connect it to FP8 Error Histogram or FP8 Layer Report."
 
 
 class StochasticFP8Quantize(io.ComfyNode):
@@ -31,20 +33,21 @@ class StochasticFP8Quantize(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8Quantize",
             display_name="Stochastic FP8 Quantize",
             category=CATEGORY,
             search_aliases=["fp8", "quantize", "quantise", "float8"],
             description=(
-                "Quantizes a model to scaled FP8: half the memory of a 16-bit model, almost the same image. LoRAs "
-                "before this node are baked in at full precision. What you sample is exactly what Save Scaled FP8 "
-                "Model writes. For the image closest to the original choose rounding calibrated, with a calibration, "
-                "or else nearest; the stochastic methods have twice its squared error, but no bias."
+                "Quantizes a model to scaled FP8: half the memory for the quantized layers, almost the same image. "
+                "LoRAs before this node are merged in full precision, then rounded once. What you sample is exactly "
+                "what Save Scaled FP8 Model writes. For the image closest to the original, choose rounding calibrated "
+                "if you have a calibration, and nearest otherwise. The stochastic methods have twice the squared "
+                "error of nearest, but no bias."
             ),
             inputs=[
-                fit(io.Model.Input, "model", tooltip="The model to quantize, in 16 bits. It stays as it is."),
+                io.Model.Input("model", tooltip="The model to quantize, in 16 bits. It is not changed."),
                 *rounding_inputs(METHODS),
                 *layer_inputs(),
                 matmul_input(),
@@ -54,7 +57,7 @@ class StochasticFP8Quantize(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(id="MODEL", display_name="model", tooltip="The quantized model."),
-                FP8Report.Output(id="FP8_REPORT", display_name="report", tooltip=_REPORT_TOOLTIP),
+                report_output(),
             ],
         )
 
@@ -63,19 +66,12 @@ class StochasticFP8Quantize(io.ComfyNode):
         chosen = recipe(nonfinite=nonfinite, calibration=calibration, **choices)
         models.check_runs(chosen.format)
         network = models.diffusion_network(model)
-        selection = in_graph.select(network, chosen)
-        part, report = in_graph.quantize_network(
-            network,
-            selection,
-            chosen,
-            compute_device(device, network.patcher.load_device),
-            type(model.model).__name__,
-            calibration,
-        )
-        if not report.layers:
-            raise in_graph.nothing_to_quantize(report)
+        where = compute_device(device, network.patcher.load_device)
+        quantization, state = quantize_network(network, chosen, where, calibration)
+        quantization.check_anything_left()
+        report = quantization.report()
         _log(report)
-        quantized = models.load_quantized_model(model, part, in_graph.attachment(report))
+        quantized = models.load_quantized_model(model, state, recipe_entry(report))
         return io.NodeOutput(quantized, report, ui=summary_output(report))
 
 
@@ -84,18 +80,19 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8QuantizeTextEncoder",
             display_name="Stochastic FP8 Quantize Text Encoder",
             category=CATEGORY,
             search_aliases=["fp8", "quantize clip", "t5", "float8"],
             description=(
-                "Quantizes the large text encoders (T5-XXL, LLMs) to scaled FP8. CLIP-L and CLIP-G pass through as "
-                "they are, since ComfyUI cannot read them in FP8; the report says so."
+                "Quantizes large text encoders (T5-XXL, language models) to scaled FP8. CLIP-L and CLIP-G pass "
+                "through unchanged because ComfyUI cannot read them in FP8. The report lists what was left unchanged, "
+                "and why."
             ),
             inputs=[
-                fit(io.Clip.Input, "clip", tooltip="The text encoder to quantize, in 16 bits. It stays as it is."),
+                io.Clip.Input("clip", tooltip="The text encoder to quantize, in 16 bits. It is not changed."),
                 *rounding_inputs(),
                 *layer_inputs(),
                 nonfinite_input(),
@@ -103,7 +100,7 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
             ],
             outputs=[
                 io.Clip.Output(id="CLIP", display_name="clip", tooltip="The quantized text encoder."),
-                FP8Report.Output(id="FP8_REPORT", display_name="report", tooltip=_REPORT_TOOLTIP),
+                report_output(),
             ],
         )
 
@@ -111,21 +108,18 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
     def execute(cls, clip, device="auto", nonfinite="error", **choices):
         chosen = recipe(nonfinite=nonfinite, **choices)
         models.check_runs(chosen.format)
-        parts, reports = {}, []
-        for name, network in models.text_networks(clip).items():
-            selection = in_graph.select(network, chosen)
-            reason = in_graph.untouchable(selection)
-            if reason:
-                reports.append(in_graph.keep_network(network, chosen, reason, name))
-                continue
+        states, reports = {}, []
+        for network in models.text_networks(clip).values():
             where = compute_device(device, network.patcher.load_device)
-            parts[name], report = in_graph.quantize_network(network, selection, chosen, where, name)
-            reports.append(report)
-        report = in_graph.join_reports(reports, type(clip.cond_stage_model).__name__.rstrip("_"))
+            quantization, state = quantize_network(network, chosen, where)
+            reports.append(quantization.report())
+            if state.weights:
+                states[network.prefix] = state
+        report = join_reports(reports, type(clip.cond_stage_model).__name__.rstrip("_"))
         _log(report)
         if not report.layers:
             return io.NodeOutput(clip, report, ui=summary_output(report))
-        quantized = models.load_quantized_clip(clip, parts, in_graph.attachment(report))
+        quantized = models.load_quantized_clip(clip, states, recipe_entry(report))
         return io.NodeOutput(quantized, report, ui=summary_output(report))
 
 

@@ -1,75 +1,134 @@
-"""What the page asks the server: a plan, and the state of the job that runs."""
+"""The routes behind the panels: the plan of a node, and the messages of the running job."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
+from comfy.cli_args import args
 from server import PromptServer
 
+from ..kernels import Recipe
+from ..kernels.errors import PatternError, StochasticFP8Error
+from ..kernels.selection.patterns import check_length
 from ..kernels.selection.selection import LAYERS
-from .live import live_states
-from .options import MATMUL_NAMES, recipe
-from .plan import PARTS, NoSuchFile, OutsideModels, make_plan
+from .live import last_messages
+from .options import MATMUL_NAMES, patterns, recipe
+from .plan import PARTS, NoSuchFile, make_plan
 
-LONGEST_TEXT = 4096
+MAX_BODY = 1 << 20
+"""Bytes of a request. LONGEST_PATTERNS characters fit, even where JSON escapes each one."""
 
-CHOICES = ("format", "layers", "keep", "only", "layout", "matmul")
-"""The node inputs that a plan depends on."""
+MAX_TEXT_LENGTH = 4096
+"""Characters of a text in a request, other than patterns."""
+
+PATTERNS = ("keep", "only")
+
+PLAN_INPUTS = ("format", "layers", *PATTERNS, "layout", "matmul")
+"""The node inputs that a plan depends on, besides the file and requantize."""
 
 routes = PromptServer.instance.routes
 
 
 class BadRequest(ValueError):
-    """A request that no page of this pack would send."""
+    """A request that no page of this pack sends."""
+
+    def __init__(self, text: str, status: int = 400):
+        super().__init__(text)
+        self.status = status
 
 
 @routes.get("/stochastic_fp8/live")
 async def get_live(request: web.Request) -> web.Response:
-    """The last message of each job of the running prompt."""
-    return web.json_response(live_states())
+    """The last message of each node of the running prompt."""
+    return web.json_response(last_messages.of_running_prompts())
 
 
 @routes.post("/stochastic_fp8/plan")
 async def post_plan(request: web.Request) -> web.Response:
-    """{"file", "part", and any of CHOICES and "requantize"} -> make_plan's answer, or {"error": one line}."""
+    """{"file", "part", "requantize", and any of PLAN_INPUTS} -> make_plan's answer, or {"error": one line}."""
     try:
+        _check_origin(request)
         arguments = _plan_arguments(await _json_object(request))
         return web.json_response(await asyncio.to_thread(make_plan, *arguments))
     except BadRequest as error:
-        return _refusal(400, error)
+        return _refusal(error.status, error)
     except NoSuchFile as error:
         return _refusal(404, error)
-    except OutsideModels as error:
-        return _refusal(403, error)
-    except ValueError as error:
+    except (StochasticFP8Error, ValueError, OSError) as error:
         return _refusal(422, error)
 
 
-async def _json_object(request: web.Request) -> dict:
+def _check_origin(request: web.Request) -> None:
+    """Raises BadRequest for a request that a page of another site sent, or one without a site (`Origin: null`).
+
+    As in ComfyUI, ports count only where both sides name one.
+    """
+    origin = request.headers.get("Origin")
+    if origin is None or origin == args.enable_cors_header:
+        return
     try:
-        body = await request.json()
+        page = urlsplit(origin)
+        names = [request.headers.get(name, "").split(",")[0] for name in ("Host", "X-Forwarded-Host")]
+        hosts = [urlsplit(f"//{name.strip()}") for name in names]
+        same = any(
+            page.hostname == host.hostname and (page.port == host.port or None in (page.port, host.port))
+            for host in hosts
+            if page.hostname
+        )
+    except ValueError:  # not an address
+        same = False
+    if not same and args.enable_cors_header != "*":
+        raise BadRequest("the request comes from a page of another site", 403)
+
+
+async def _json_object(request: web.Request) -> dict[str, Any]:
+    if request.content_type != "application/json":
+        raise BadRequest("the body is not JSON: its Content-Type must be application/json", 415)
+    text = bytearray()
+    async for chunk in request.content.iter_chunked(1 << 16):
+        text += chunk
+        if len(text) > MAX_BODY:
+            raise BadRequest(f"the body has more than {MAX_BODY:,} bytes", 413)
+    try:
+        body = json.loads(text)
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
     except ValueError as error:
-        raise BadRequest("the body is no JSON") from error
+        raise BadRequest("the body is not valid JSON") from error
     if not isinstance(body, dict):
-        raise BadRequest("the body is no JSON object")
+        raise BadRequest("the body is not a JSON object")
     return body
 
 
-def _plan_arguments(body: dict) -> tuple:
+def _plan_arguments(body: dict[str, Any]) -> tuple[str, str, Recipe, bool]:
+    """The arguments of make_plan. Raises BadRequest, and ValueError for a choice that Recipe does not know."""
     file, part, requantize = body.pop("file", ""), body.pop("part", "file"), body.pop("requantize", False)
-    unknown = [name for name in body if name not in CHOICES]
+    unknown = [name for name in body if name not in PLAN_INPUTS]
     if unknown:
-        raise BadRequest(f"unknown: {', '.join(unknown)}; known are file, part, requantize, {', '.join(CHOICES)}")
+        known = ", ".join(("file", "part", "requantize", *PLAN_INPUTS))
+        raise BadRequest(f"unknown fields: {', '.join(unknown)}; the known ones are {known}")
+    if not isinstance(requantize, bool):
+        raise BadRequest("requantize: must be true or false")
     texts = {"file": file, "part": part, **body}
-    wrong = [name for name, text in texts.items() if not isinstance(text, str) or len(text) > LONGEST_TEXT]
+    wrong = [name for name, text in texts.items() if not isinstance(text, str)]
     if wrong:
-        raise BadRequest(f"{', '.join(wrong)}: not a text of at most {LONGEST_TEXT} characters")
+        raise BadRequest(f"{', '.join(wrong)}: must be a text")
+    long = [name for name, text in texts.items() if name not in PATTERNS and len(text) > MAX_TEXT_LENGTH]
+    if long:
+        raise BadRequest(f"{', '.join(long)}: must be a text of at most {MAX_TEXT_LENGTH} characters")
+    try:
+        check_length(pattern for name in PATTERNS for pattern in patterns(body.get(name, "")))
+    except PatternError as error:
+        raise BadRequest(str(error)) from error
     for name, table in (("part", PARTS), ("layers", LAYERS), ("matmul", MATMUL_NAMES)):
         if texts.get(name, next(iter(table))) not in table:
-            raise BadRequest(f"{name} is one of {', '.join(table)}")
-    return file, part, recipe(**body), requantize is True
+            raise BadRequest(f"{name} must be one of {', '.join(table)}")
+    return file, part, recipe(**body), requantize
 
 
-def _refusal(status: int, error: ValueError) -> web.Response:
-    return web.json_response({"error": str(error)}, status=status)
+def _refusal(status: int, error: Exception) -> web.Response:
+    return web.json_response({"error": " ".join(str(error).splitlines())}, status=status)

@@ -4,95 +4,75 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
 from comfy_api.latest import io, ui
 
-from ..kernels.engine.file_job import RECIPE_ENTRY
-from ..kernels.files.header import TensorInfo
-from ..kernels.state_dict.assemble import write_scaled
-from ..kernels.state_dict.compatibility import EXACT
-from ..kernels.state_dict.layouts import ScaledLayer
+from ..kernels.choices import choose
+from ..kernels.engine.quantization import RECIPE_ENTRY
+from ..kernels.errors import CheckpointError
+from ..kernels.recipe import LAYOUTS
+from ..kernels.selection.presets import Components
+from ..kernels.state_dict.compatibility import EXACT, check_usable, layout_verdicts, verdict_of
+from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
+from ..kernels.state_dict.write import write_state_dict
 from . import models
-from .files import loader_name, target_path, workflow_metadata
+from .files import (
+    COMFYUI_VERSION,
+    OUTPUT_FOLDERS,
+    check_entries,
+    check_prefix,
+    loader_name,
+    prefix_problem,
+    target_path,
+    workflow_metadata,
+)
 from .networks import ModelError, Network, narrow
-from .options import layout_input
-from .progress import Progress
-from .schema import CATEGORY, fit
+from .options import another_comfyui_input, filename_output, layout_input
+from .progress import JobProgress
+from .schema import CATEGORY, newer
 
 log = logging.getLogger("stochastic_fp8")
 
 
-@dataclass
-class Contents:
-    """What goes into a file, by its names there. Tensors are read when their turn comes."""
-
-    infos: dict[str, TensorInfo] = field(default_factory=dict)
-    readers: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
-    layers: dict[str, ScaledLayer] = field(default_factory=dict)
-    scales: dict[str, torch.Tensor] = field(default_factory=dict)
-    input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self.infos[name] = TensorInfo.of(tensor)
-            self.readers[name] = tensor.cpu
-
-    def add_network(self, network: Network, prefix: str = "") -> None:
-        """A network's tensors under `prefix`."""
-        for name in network.names:
-            self.infos[prefix + name] = network.info(name)
-            self.readers[prefix + name] = lambda name=name: network.stored(name).cpu()
-        for name, scaled in network.scaled.items():
-            layer = ScaledLayer(prefix + name.removesuffix(".weight"), scaled.format, scaled.full_precision, prefix)
-            self.layers[prefix + name] = layer
-            self.scales[prefix + name] = scaled.scale
-            if scaled.input_scale is not None:
-                self.input_scales[layer.name] = scaled.input_scale.detach().float().reshape(())
-
-
-def model_contents(model) -> Contents:
+def model_contents(model) -> ScaledStateDict:
     """A diffusion model alone, under its bare names."""
     network = models.diffusion_network(model)
     _check_quantized([network], "MODEL", "Stochastic FP8 Quantize")
-    contents = Contents()
-    contents.add_network(network)
+    contents = network.saved_state_dict()
     contents.add_tensors(models.sampling_keys(model))
     return contents
 
 
-def text_contents(clip) -> dict[str, Contents]:
+def text_contents(clip) -> dict[str, ScaledStateDict]:
     """Each quantized text encoder by its name, under the names that CLIPLoader reads."""
     networks = models.text_networks(clip)
     _check_quantized(networks.values(), "CLIP", "Stochastic FP8 Quantize Text Encoder")
     found = {}
     for name, network in networks.items():
         if network.scaled:
-            found[name] = Contents()
-            found[name].add_network(network)
+            found[name] = network.saved_state_dict()
             found[name].add_tensors(models.tokenizer_tensors(clip))
         else:
             log.info("%s is not quantized and is not saved: use the file it came from", name)
     return found
 
 
-def checkpoint_contents(model, clip, vae) -> Contents:
+def checkpoint_contents(model, clip, vae) -> ScaledStateDict:
     """An all-in-one checkpoint, under the names of the model's family."""
     network = models.diffusion_network(model)
     _check_quantized([network], "MODEL", "Stochastic FP8 Quantize")
-    contents = Contents()
-    contents.add_network(network, models.diffusion_prefix(model))
+    contents = ScaledStateDict(metadata=network.metadata)
+    contents.add(network.saved_state_dict(), models.diffusion_prefix(model))
     contents.add_tensors(models.sampling_keys(model))
     if clip is not None:
-        scaled = {}
-        for name, encoder in models.text_networks(clip).items():
+        scaled = []
+        for encoder in models.text_networks(clip).values():
             _check_patches(encoder, "CLIP")
             if encoder.scaled:
-                scaled[name] = encoder
-                contents.add_network(encoder, models.text_encoder_prefix(model, encoder))
-        contents.add_tensors(models.plain_text_tensors(model, clip, without=scaled.values()))
+                scaled.append(encoder)
+                contents.add(encoder.saved_state_dict(), models.text_encoder_prefix(model, encoder))
+        contents.add_tensors(models.plain_text_tensors(model, clip, without=scaled))
     if vae is not None:
         contents.add_tensors({name: narrow(tensor) for name, tensor in models.vae_tensors(model, vae).items()})
     return contents
@@ -103,75 +83,95 @@ class StochasticFP8Save(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return fit(
+        return newer(
             io.Schema,
             node_id="StochasticFP8Save",
             display_name="Save Scaled FP8 Model",
             category=CATEGORY,
             search_aliases=["save fp8", "export fp8", "checkpoint"],
             description=(
-                "Saves a quantized model without rounding again: loaded back, it gives the same image to the bit. "
-                "Model alone: output/diffusion_models. With CLIP or VAE: one checkpoint in output/checkpoints. CLIP "
-                "alone: output/clip. ComfyUI's loaders list all three."
+                "Saves a quantized model without rounding it again: loaded back, it gives the same image, bit for "
+                "bit. A model alone goes to output/diffusion_models. With a text encoder or a VAE, it becomes one "
+                "checkpoint in output/checkpoints. A text encoder alone goes to output/clip. ComfyUI's loaders list "
+                "all three folders."
             ),
             inputs=[
-                fit(io.String.Input, "filename_prefix", default="stochastic_fp8", tooltip=_PREFIX_TOOLTIP),
-                layout_input(),
-                fit(io.Model.Input, "model", optional=True, tooltip="A model from Stochastic FP8 Quantize."),
-                fit(io.Clip.Input, "clip", optional=True, tooltip="A text encoder to save, alone or with the model."),
-                fit(io.Vae.Input, "vae", optional=True, tooltip="A VAE for an all-in-one checkpoint, as it is."),
-            ],
-            outputs=[
-                io.String.Output(
-                    id="filename", display_name="filename", tooltip="The file's name as ComfyUI's loader lists it."
+                io.String.Input(
+                    "filename_prefix",
+                    default="stochastic_fp8",
+                    tooltip="The name of the file. A number is added, so that no file is overwritten.",
                 ),
+                layout_input(),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="A model from Stochastic FP8 Quantize, or one loaded from a scaled FP8 file.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="A text encoder to save, alone or with the model."),
+                io.Vae.Input("vae", optional=True, tooltip="A VAE for an all-in-one checkpoint. It is not changed."),
+                another_comfyui_input(),
             ],
+            outputs=[filename_output()],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, filename_prefix, layout, model=None, clip=None, vae=None):
+    def validate_inputs(cls, filename_prefix=None):
+        return prefix_problem(filename_prefix, OUTPUT_FOLDERS.values()) or True
+
+    @classmethod
+    def execute(cls, filename_prefix, layout, model=None, clip=None, vae=None, for_another_comfyui=False):
+        choose(LAYOUTS, layout, "layout")
         if model is None and clip is None:
             raise ModelError("nothing to save: connect a model, a text encoder (clip), or both")
         metadata = workflow_metadata(cls.hidden)
         if model is None:
             owner, kind = clip.patcher, "text_encoders"
-            files = text_contents(clip)
         else:
             owner, kind = model, "diffusion_models" if clip is None and vae is None else "checkpoints"
-            metadata |= models.model_metadata(model)
+        prefix = check_prefix(OUTPUT_FOLDERS[kind], filename_prefix)
+        if kind == "text_encoders":
+            files = text_contents(clip)
+        else:
             files = {"": model_contents(model) if kind == "diffusion_models" else checkpoint_contents(model, clip, vae)}
+        for contents in files.values():
+            _check_usable(contents, layout, for_another_comfyui)
         recipe = owner.attachments.get(models.ATTACHMENT)
         if recipe:
             metadata[RECIPE_ENTRY] = json.dumps(recipe | {"layout": layout}, sort_keys=True)
         names = []
         for encoder, contents in files.items():
-            path = target_path(kind, f"{filename_prefix}_{encoder}" if len(files) > 1 else filename_prefix)
+            path = target_path(kind, f"{prefix}_{encoder}" if len(files) > 1 else prefix)
             _write(path, contents, layout, metadata)
             names.append(loader_name(kind, path))
         return io.NodeOutput("\n".join(names), ui=ui.PreviewText("\n".join(names)))
 
 
-_PREFIX_TOOLTIP = "The file's name; a number is counted up, so that no file is overwritten."
+def _check_usable(contents: ScaledStateDict, layout: str, for_another_comfyui: bool) -> None:
+    """Raises CheckpointError where the running ComfyUI would misread the file, or not load it. Logs its losses."""
+    formats = sorted({layer.format for layer in contents.layers})
+    infos = {name: entry.info for name, entry in contents.tensors.items()}
+    infos |= {name: weight.info for name, weight in contents.weights.items()}
+    components = Components(infos)
+    if for_another_comfyui:
+        verdict = verdict_of(COMFYUI_VERSION, layout_verdicts(layout, formats, components))
+    else:
+        check_entries(layout, formats)
+        try:
+            verdict = check_usable(COMFYUI_VERSION, layout, formats, components)
+        except ValueError as error:
+            raise CheckpointError(f"nothing was saved: {error}") from error
+    if verdict.outcome != EXACT:
+        log.warning("%s", verdict)
 
 
-def _write(path, contents: Contents, layout: str, metadata: dict[str, str]) -> None:
-    inspection = write_scaled(
-        path,
-        contents.infos,
-        lambda name: contents.readers[name](),
-        contents.layers,
-        contents.scales,
-        input_scales=contents.input_scales,
-        layout=layout,
-        metadata=metadata,
-        progress=Progress(),
-    )
+def _write(path: Path, contents: ScaledStateDict, layout: str, metadata: dict[str, str]) -> None:
+    inspection = write_state_dict(contents, path, layout=layout, metadata=metadata, progress=JobProgress())
     log.info("saved %s: %d scaled FP8 layers, %.3f GB", path, inspection.scaled, path.stat().st_size / 1e9)
     for verdict in inspection.verdicts:
         if verdict.outcome != EXACT:
-            log.warning("%s: %s; %s", verdict.generation, verdict.outcome, verdict.text)
+            log.info("%s", verdict)
 
 
 def _check_quantized(networks, what: str, node: str) -> None:
@@ -182,7 +182,7 @@ def _check_quantized(networks, what: str, node: str) -> None:
 
 
 def _check_patches(network: Network, what: str) -> None:
-    patched = network.patched_names
+    patched = network.patched
     if patched:
         raise ModelError(
             f"a LoRA or another patch changes {len(patched)} weights of this {what} (e.g. '{patched[0]}') after it was "

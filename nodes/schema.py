@@ -1,10 +1,10 @@
-"""Builds V3 schemas that older ComfyUI versions accept as well."""
+"""Socket types of the pack, and schemas that older ComfyUI versions accept as well."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from comfy_api.latest import io
 
@@ -12,14 +12,17 @@ T = TypeVar("T")
 
 CATEGORY = "model/quantization"
 
-FP8Report = io.Custom("FP8_REPORT")
+FP8Report: Any = io.Custom("FP8_REPORT")
 """The socket type of kernels.Report."""
 
-FP8Calibration = io.Custom("FP8_CALIBRATION")
-"""The socket type of kernels.calibration.Calibration."""
+FP8Calibration: Any = io.Custom("FP8_CALIBRATION")
+"""The socket type of kernels.calibration.moments.Calibration."""
 
 
-def fit(factory: Callable[..., T], *arguments, **keywords) -> T:
-    """factory(*arguments, **keywords), less the keywords that the running version of it does not know."""
+def newer(factory: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
+    """factory(*arguments, **keywords) without the keywords that the running ComfyUI does not know.
+
+    ComfyUI 0.3.75 has no `search_aliases` in io.Schema and no `advanced` in inputs.
+    """
     known = inspect.signature(factory).parameters
     return factory(*arguments, **{name: value for name, value in keywords.items() if name in known})
