@@ -1,17 +1,20 @@
-/** Two batches of pictures with a divider between them, or their difference. */
+/** The slider of Compare Images (A/B): two images with a divider between them, or their difference. */
 
-import { element, keepFromGraph, shadowHost } from "./dom.js";
+import { element, isolateEvents, shadowHost } from "./dom.js";
 import { SLIDER } from "./styles.js";
 
+/** Percent of the width that an arrow key moves the divider. */
 const STEP = 2;
+
+/** The same with Shift, and for Page Up and Page Down. */
 const LARGE_STEP = 10;
 
-/** Percent of the width below which a side is too narrow for its label. */
-const LABEL_ROOM = 10;
+/** Percent of the width: a narrower side has no label. */
+const LABEL_MIN_WIDTH = 10;
 
 export class ABSlider {
   /**
-   * @param {{imageUrl: (image: object) => string, amplify: () => number}} page
+   * @param {{imageUrl: (image: object) => string, amplify: () => number}} page amplify: factor of the difference view
    */
   constructor(page) {
     this.page = page;
@@ -19,31 +22,32 @@ export class ABSlider {
     this.pairs = [];
     this.pair = 0;
     this.host = this.#build();
-    this.#move(50);
-    this.#view("slider");
-    this.#name(this.names);
+    this.#setPosition(50);
+    this.#setView("slider");
+    this.#setNames(this.names);
   }
 
   /**
-   * @param {object[]} a pictures as ComfyUI names them: {filename, subfolder, type}
+   * Show batches in pairs. The last image of the shorter batch is repeated.
+   * @param {object[]} a images as ComfyUI reports them: {filename, subfolder, type}
    * @param {object[]} b
-   * @param {string[]} [names] what the pictures of each side are called
+   * @param {string[]} [names] labels of A and B
    */
   show(a, b, names) {
-    this.#name(names ?? this.names);
+    this.#setNames(names ?? this.names);
     const length = Math.max(a.length, b.length);
     this.pairs = Array.from({ length }, (_, i) => [a[Math.min(i, a.length - 1)], b[Math.min(i, b.length - 1)]]);
     this.#showPair(Math.min(this.pair, length - 1));
   }
 
-  /** Follow the node's amplification. */
+  /** Read the amplification from the node again. */
   refresh() {
     this.pictures.style.setProperty("--amplify", this.page.amplify());
   }
 
   #build() {
-    this.empty = element("p", { class: "soft", textContent: "Run the workflow to compare two images here." });
-    this.imageA = element("img", { class: "a", alt: "", load: () => this.#fit() });
+    this.empty = element("p", { class: "muted", textContent: "Run the workflow to compare the two images here." });
+    this.imageA = element("img", { class: "a", alt: "", load: () => this.#setAspectRatio() });
     this.imageB = element("img", { alt: "" });
     this.labelA = element("span", { class: "label left" });
     this.labelB = element("span", { class: "label right" });
@@ -56,89 +60,94 @@ export class ABSlider {
       this.labelA,
       this.labelB,
     );
-    this.#listen();
+    this.#addListeners();
     const stage = element("div", { class: "stage" }, this.empty, this.pictures);
     const frame = element("div", { class: "frame" }, this.#buildBar(), stage);
-    keepFromGraph(frame);
+    isolateEvents(frame);
     return shadowHost(SLIDER, frame);
   }
 
   #buildBar() {
-    const view = (name, textContent) =>
-      element("button", { type: "button", textContent, "aria-pressed": "false", click: () => this.#view(name) });
-    const step = (label, textContent, by) =>
+    const viewButton = (name, textContent) =>
+      element("button", { type: "button", textContent, "aria-pressed": "false", click: () => this.#setView(name) });
+    const pairButton = (label, textContent, by) =>
       element("button", {
         type: "button",
         textContent,
         "aria-label": label,
         click: () => this.#showPair(this.pair + by),
       });
-    this.views = { slider: view("slider", "Slider"), difference: view("difference", "Difference") };
-    this.previous = step("Previous pair", "‹", -1);
-    this.next = step("Next pair", "›", 1);
+    this.viewButtons = {
+      slider: viewButton("slider", "Slider"),
+      difference: viewButton("difference", "Difference"),
+    };
+    this.previous = pairButton("Previous pair", "‹", -1);
+    this.next = pairButton("Next pair", "›", 1);
     this.count = element("span", { "aria-live": "polite" });
-    this.stepper = element("span", { class: "pairs", hidden: true }, this.previous, this.count, this.next);
-    return element("div", { class: "bar" }, this.views.slider, this.views.difference, this.stepper);
+    this.pairBar = element("span", { class: "pairs", hidden: true }, this.previous, this.count, this.next);
+    return element("div", { class: "bar" }, this.viewButtons.slider, this.viewButtons.difference, this.pairBar);
   }
 
-  #listen() {
+  #addListeners() {
     const { pictures } = this;
     pictures.addEventListener("pointerdown", (event) => {
       if (event.button !== 0) return;
       pictures.setPointerCapture(event.pointerId);
-      this.#moveTo(event);
+      this.#followPointer(event);
     });
     pictures.addEventListener("pointermove", (event) => {
-      if (pictures.hasPointerCapture(event.pointerId)) this.#moveTo(event);
+      if (pictures.hasPointerCapture(event.pointerId)) this.#followPointer(event);
     });
     pictures.addEventListener("keydown", (event) => this.#onKey(event));
   }
 
   #onKey(event) {
-    const target = this.#keyTarget(event);
-    if (target === null || this.shown !== "slider") return;
+    const position = this.#positionForKey(event);
+    if (position === null || this.view !== "slider") return;
     event.preventDefault();
-    this.#move(target);
+    this.#setPosition(position);
   }
 
-  #keyTarget({ key, shiftKey }) {
+  #positionForKey({ key, shiftKey }) {
     const step = shiftKey ? LARGE_STEP : STEP;
-    const targets = {
-      ArrowLeft: this.at - step,
-      ArrowDown: this.at - step,
-      ArrowRight: this.at + step,
-      ArrowUp: this.at + step,
-      PageDown: this.at - LARGE_STEP,
-      PageUp: this.at + LARGE_STEP,
+    const positions = {
+      ArrowLeft: this.position - step,
+      ArrowDown: this.position - step,
+      ArrowRight: this.position + step,
+      ArrowUp: this.position + step,
+      PageDown: this.position - LARGE_STEP,
+      PageUp: this.position + LARGE_STEP,
       Home: 0,
       End: 100,
     };
-    return targets[key] ?? null;
+    return positions[key] ?? null;
   }
 
-  #moveTo({ clientX }) {
+  #followPointer({ clientX }) {
     const box = this.pictures.getBoundingClientRect();
-    if (this.shown === "slider" && box.width) this.#move((100 * (clientX - box.left)) / box.width);
+    if (this.view === "slider" && box.width) this.#setPosition((100 * (clientX - box.left)) / box.width);
   }
 
-  /** Put the divider at so many percent from the left. */
-  #move(percent) {
-    this.at = Math.max(0, Math.min(100, percent));
-    this.pictures.style.setProperty("--at", `${this.at}%`);
-    this.labelA.hidden = this.at < LABEL_ROOM;
-    this.labelB.hidden = this.at > 100 - LABEL_ROOM;
+  /** Move the divider. 0 is the left edge, 100 the right edge. */
+  #setPosition(percent) {
+    this.position = Math.max(0, Math.min(100, percent));
+    this.pictures.style.setProperty("--at", `${this.position}%`);
+    this.labelA.hidden = this.position < LABEL_MIN_WIDTH;
+    this.labelB.hidden = this.position > 100 - LABEL_MIN_WIDTH;
     this.#describe();
   }
 
-  #view(name) {
-    this.shown = name;
+  #setView(name) {
+    this.view = name;
     this.pictures.classList.toggle("difference", name === "difference");
-    for (const [key, button] of Object.entries(this.views)) button.setAttribute("aria-pressed", String(key === name));
+    for (const [key, button] of Object.entries(this.viewButtons)) {
+      button.setAttribute("aria-pressed", String(key === name));
+    }
     this.refresh();
     this.#describe();
   }
 
-  #name(names) {
+  #setNames(names) {
     this.names = names;
     [this.labelA.textContent, this.labelB.textContent] = names;
     this.#describe();
@@ -147,10 +156,10 @@ export class ABSlider {
   #describe() {
     const { pictures } = this;
     const [a, b] = this.names.map((name) => `image ${name}`);
-    const sliding = this.shown !== "difference";
-    pictures.setAttribute("role", sliding ? "slider" : "img");
-    pictures.setAttribute("aria-label", sliding ? `Divider between ${a} and ${b}` : `Difference between ${a} and ${b}`);
-    const at = Math.round(this.at);
+    const hasDivider = this.view !== "difference";
+    pictures.setAttribute("role", hasDivider ? "slider" : "img");
+    pictures.setAttribute("aria-label", `${hasDivider ? "Divider" : "Difference"} between ${a} and ${b}`);
+    const at = Math.round(this.position);
     const values = {
       "aria-valuemin": 0,
       "aria-valuemax": 100,
@@ -158,7 +167,7 @@ export class ABSlider {
       "aria-valuetext": `${at} % ${a}`,
     };
     for (const [name, value] of Object.entries(values)) {
-      if (sliding) pictures.setAttribute(name, value);
+      if (hasDivider) pictures.setAttribute(name, value);
       else pictures.removeAttribute(name);
     }
   }
@@ -172,13 +181,13 @@ export class ABSlider {
     if (!a || !b) return;
     this.imageA.src = this.page.imageUrl(a);
     this.imageB.src = this.page.imageUrl(b);
-    this.stepper.hidden = last === 0;
+    this.pairBar.hidden = last === 0;
     this.count.textContent = `Pair ${this.pair + 1} of ${last + 1}`;
     this.previous.disabled = this.pair === 0;
     this.next.disabled = this.pair === last;
   }
 
-  #fit() {
+  #setAspectRatio() {
     const { naturalWidth, naturalHeight } = this.imageA;
     this.pictures.style.setProperty("--ratio", naturalWidth / naturalHeight);
   }

@@ -1,33 +1,38 @@
-/** Small helpers for elements. */
+/** Small helpers for elements, events and callbacks. */
 
 let lastId = 0;
 
 /**
- * An element. Properties whose value is a function are event listeners; `class` and those with a dash are attributes.
+ * Create an element. A function becomes an event listener; `class`, `role`, `for` and names with a dash become
+ * attributes; all other entries become properties.
  * @param {string} tag
  * @param {Object<string, any>} properties
- * @param {...(Node|string|null|false)} children
+ * @param {...(Node|string|null|false)} children null and false are skipped
  * @returns {HTMLElement}
  */
 export function element(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
+  const created = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
-    if (typeof value === "function") made.addEventListener(name, value);
-    else if (name.includes("-") || ["class", "role", "for"].includes(name)) made.setAttribute(name, value);
-    else made[name] = value;
+    if (typeof value === "function") created.addEventListener(name, value);
+    else if (name.includes("-") || ["class", "role", "for"].includes(name)) created.setAttribute(name, value);
+    else created[name] = value;
   }
-  made.append(...children.filter((child) => child !== null && child !== false));
-  return made;
-}
-
-/** An id that no other element has. */
-export function uniqueId(name) {
-  lastId += 1;
-  return `${name}-${lastId}`;
+  created.append(...children.filter((child) => child !== null && child !== false));
+  return created;
 }
 
 /**
- * A host element with a shadow root, so that no style gets in or out.
+ * An element id that is unique on the page.
+ * @param {string} prefix
+ * @returns {string}
+ */
+export function uniqueId(prefix) {
+  lastId += 1;
+  return `${prefix}-${lastId}`;
+}
+
+/**
+ * A host element with a shadow root, which isolates styles in both directions.
  * @param {string} css
  * @param {...Node} children
  * @returns {HTMLElement}
@@ -42,36 +47,63 @@ export function shadowHost(css, ...children) {
   return host;
 }
 
-/** Keep what happens in an element from moving, scrolling or editing the graph below it. */
-export function keepFromGraph(target) {
+/**
+ * Stop events in an element from moving, scrolling or editing the graph below it.
+ * @param {HTMLElement} target
+ */
+export function isolateEvents(target) {
   const stop = (event) => event.stopPropagation();
   for (const name of ["pointerdown", "mousedown", "dblclick", "contextmenu", "wheel"]) {
-    target.addEventListener(name, (event) => isLeftOrWheel(event) && stop(event), { passive: true });
+    target.addEventListener(name, (event) => isForElement(event) && stop(event), { passive: true });
   }
   target.addEventListener("keydown", (event) => !event.ctrlKey && !event.metaKey && stop(event));
 }
 
-function isLeftOrWheel(event) {
+/** The middle button pans the graph; a wheel turn that scrolls nothing zooms it. */
+function isForElement(event) {
   return event.type === "wheel" ? canScroll(event) : event.button !== 1;
 }
 
-/** Whether a wheel turn would scroll something inside rather than zoom the graph. */
 function canScroll(event) {
   if (event.ctrlKey) return false;
-  return event.composedPath().some((part) => part.scrollHeight > part.clientHeight + 1 && isScroller(part));
+  return event.composedPath().some((part) => part.scrollHeight > part.clientHeight + 1 && isScrollable(part));
 }
 
-function isScroller(part) {
+function isScrollable(part) {
   return part instanceof HTMLElement && getComputedStyle(part).overflowY === "auto";
 }
 
 /**
- * Call a node's own callback first, then ours.
- * @param {object} target the node or widget
+ * The index that a key selects in a row of items.
+ * @param {string} key
+ * @param {number} current
+ * @param {number} last
+ * @returns {number|null} may be one below 0 or above `last`; null for other keys
+ */
+export function indexForKey(key, current, last) {
+  switch (key) {
+    case "ArrowLeft":
+    case "ArrowDown":
+      return current - 1;
+    case "ArrowRight":
+    case "ArrowUp":
+      return current + 1;
+    case "Home":
+      return 0;
+    case "End":
+      return last;
+    default:
+      return null;
+  }
+}
+
+/**
+ * Call `added` after an object's own callback, with the same arguments.
+ * @param {object} target a node or a widget
  * @param {string} name of the callback, such as onRemoved
  * @param {Function} added
  */
-export function chain(target, name, added) {
+export function chainCallback(target, name, added) {
   const original = target[name];
   target[name] = function (...args) {
     const result = original?.apply(this, args);

@@ -1,22 +1,23 @@
-/** A small histogram whose bars tell their values on hover and by arrow keys. */
+/** A small histogram. Hovering and the arrow keys show the value of a bar. */
 
-import { element, uniqueId } from "./dom.js";
-import { formatShare, rebin } from "./format.js";
+import { element, indexForKey, uniqueId } from "./dom.js";
+import { formatShare, withMinus } from "./numbers.js";
 
-const GROUP = 3;
+/** Bins of the report that share one bar. */
+const BINS_PER_BAR = 3;
 
 /**
- * Errors in steps of the local FP8 grid.
+ * The errors of a report, in steps of the local FP8 grid.
  * @param {{low: number, high: number, counts: number[]}} steps counts in bins of equal width from low to high
  * @returns {HTMLElement}
  */
 export function histogram({ low, high, counts }) {
-  const bins = rebin(counts, low, high, GROUP);
+  const bins = mergeBins(counts, low, high, BINS_PER_BAR);
   const total = counts.reduce((sum, n) => sum + n, 0) || 1;
   const largest = Math.max(...bins.map((bin) => bin.count), 1);
   const caption = element("div", {
     id: uniqueId("sfp8-bins"),
-    class: "soft",
+    class: "muted",
     textContent: "Error in steps of the FP8 grid",
   });
   const readout = element("span", { textContent: "0" });
@@ -39,7 +40,7 @@ export function histogram({ low, high, counts }) {
     bars[current].classList.remove("current");
     current = Math.max(0, Math.min(bins.length - 1, index));
     bars[current].classList.add("current");
-    readout.textContent = binText(bins[current], total);
+    readout.textContent = describeBin(bins[current], total);
     chart.setAttribute("aria-valuenow", current);
     chart.setAttribute("aria-valuetext", readout.textContent);
   }
@@ -47,49 +48,45 @@ export function histogram({ low, high, counts }) {
   chart.append(...bars);
   bars.forEach((bar, index) => bar.addEventListener("pointerenter", () => select(index)));
   chart.addEventListener("keydown", (event) => {
-    const target = keyTarget(event.key, current, bins.length - 1);
-    if (target === null) return;
+    const index = indexForKey(event.key, current, bins.length - 1);
+    if (index === null) return;
     event.preventDefault();
-    select(target);
+    select(index);
   });
   select(current);
   const axis = element(
     "div",
     { class: "axis" },
-    element("span", { textContent: stepText(low) }),
+    element("span", { textContent: formatEdge(low) }),
     readout,
-    element("span", { textContent: stepText(high) }),
+    element("span", { textContent: formatEdge(high) }),
   );
   return element("div", {}, caption, chart, axis);
 }
 
 /**
- * Where a key moves the selection of a slider; null for a key that does not.
- * @param {string} key
- * @param {number} current
- * @param {number} last
+ * Merge neighbouring bins of a histogram. The last merged bin may hold fewer.
+ * @param {number[]} counts
+ * @param {number} low lower edge of the first bin
+ * @param {number} high upper edge of the last bin
+ * @param {number} size bins in each merged bin
+ * @returns {{low: number, high: number, count: number}[]}
  */
-export function keyTarget(key, current, last) {
-  switch (key) {
-    case "ArrowLeft":
-    case "ArrowDown":
-      return current - 1;
-    case "ArrowRight":
-    case "ArrowUp":
-      return current + 1;
-    case "Home":
-      return 0;
-    case "End":
-      return last;
-    default:
-      return null;
+export function mergeBins(counts, low, high, size) {
+  const width = (high - low) / counts.length;
+  const bins = [];
+  for (let start = 0; start < counts.length; start += size) {
+    const end = Math.min(start + size, counts.length);
+    const count = counts.slice(start, end).reduce((sum, n) => sum + n, 0);
+    bins.push({ low: low + start * width, high: low + end * width, count });
   }
+  return bins;
 }
 
-function binText({ low, high, count }, total) {
-  return `${stepText(low)} to ${stepText(high)}: ${formatShare(count / total)}`;
+function describeBin({ low, high, count }, total) {
+  return `${formatEdge(low)} to ${formatEdge(high)}: ${formatShare(count / total)}`;
 }
 
-function stepText(value) {
-  return value.toFixed(2).replace(/^-/, "−");
+function formatEdge(value) {
+  return withMinus(value.toFixed(2));
 }

@@ -1,15 +1,17 @@
-/** The panel of a quantize node: what it would do (Plan), and what it does and did (Run). */
+/** The panel on a quantize node, with two tabs: Plan (what a run would do) and Run (progress and results). */
 
-import { element, keepFromGraph, shadowHost, uniqueId } from "./dom.js";
-import { formatDecibels, formatSizes, pace } from "./format.js";
-import { keyTarget } from "./histogram.js";
-import { idleView, layerText, runningView, stoppedView, summaryView } from "./live_view.js";
+import { element, indexForKey, isolateEvents, shadowHost, uniqueId } from "./dom.js";
+import { formatDecibels, formatSizes } from "./numbers.js";
 import { planRequests } from "./plan_request.js";
-import { needsView, planSentence, planView, refusalView, wiredView } from "./plan_view.js";
+import { errorView, hintView, linkedView, planSentence, planView } from "./plan_view.js";
+import { idleView, layerText, progress, runningView, stoppedView, summaryView } from "./run_view.js";
 import { PANEL } from "./styles.js";
 
+/** Milliseconds without a change before a plan is requested. */
 const DEBOUNCE = 250;
-const SPOKEN_STEPS = 4;
+
+/** How often a screen reader announces the progress of one run. */
+const ANNOUNCEMENTS = 4;
 
 export class Panel {
   /**
@@ -19,55 +21,63 @@ export class Panel {
   constructor(node, page) {
     this.node = node;
     this.page = page;
-    this.tabs = { plan: tab("Plan"), run: tab("Run") };
-    this.spoken = element("div", { class: "unseen", "aria-live": "polite" });
+    this.tabs = { plan: createTab("Plan"), run: createTab("Run") };
+    this.liveRegion = element("div", { class: "visually-hidden", "aria-live": "polite" });
     this.host = this.#build();
-    this.#choose("plan");
+    this.#selectTab("plan");
     this.tabs.run.panel.append(...idleView());
   }
 
-  /** Ask for a new plan if anything that it depends on has changed. */
+  /** Request a new plan if the file or a choice has changed. */
   refreshPlan() {
-    const wanted = planRequests(this.node, this.page.rootGraph());
-    const key = JSON.stringify(wanted);
+    const request = planRequests(this.node, this.page.rootGraph());
+    const key = JSON.stringify(request);
     if (key === this.planKey) return;
     this.planKey = key;
     this.#cancelPlan();
-    if (wanted.needs) {
-      this.#fillPlan(needsView(wanted.needs));
+    if (request.hint) {
+      this.#fillPlan(hintView(request.hint));
       return;
     }
     this.tabs.plan.panel.classList.add("stale");
-    this.timer = setTimeout(() => this.#fetchPlan(wanted), DEBOUNCE);
+    this.timer = setTimeout(() => this.#fetchPlan(request), DEBOUNCE);
   }
 
-  /** @param {import("./live_view.js").LiveState} state */
+  /** @param {import("./run_view.js").RunState} state */
   showRunning(state) {
-    if (!this.state) this.#choose("run");
-    this.state = state;
+    if (!this.runState) this.#selectTab("run");
+    this.runState = state;
     this.#fillRun(runningView(state));
-    const step = Math.floor(SPOKEN_STEPS * pace(state).share);
-    if (step !== this.spokenStep) this.#say(`${layerText(state)}, ${Math.floor(100 * pace(state).share)} percent`);
-    this.spokenStep = step;
+    const { share } = progress(state);
+    const announcement = Math.floor(ANNOUNCEMENTS * share);
+    if (announcement !== this.lastAnnouncement) {
+      this.#announce(`${layerText(state)}, ${Math.floor(100 * share)} percent`);
+    }
+    this.lastAnnouncement = announcement;
   }
 
-  /** @param {object} summary the server's summary of a report */
+  /** @param {import("./run_view.js").Summary} summary */
   showSummary(summary) {
     this.#endRun();
-    this.#choose("run");
+    this.#selectTab("run");
     this.#fillRun(summaryView(summary));
     const sizes = formatSizes(summary.bytes_before, summary.bytes_after);
-    this.#say(summary.layers ? `Quantized: ${sizes}, SQNR ${formatDecibels(summary.sqnr)}` : "Nothing was quantized");
+    const text = `Quantized: ${sizes}, SQNR ${formatDecibels(summary.sqnr)}`;
+    this.#announce(summary.layers ? text : "Nothing was quantized");
   }
 
-  /** The job, if one was running, ended early. `how`: "Cancelled" or "Failed". */
-  showStopped(how) {
-    if (!this.state) return;
-    this.#fillRun(stoppedView(how, this.state));
+  /**
+   * Show that a job ended early. Does nothing if none was running.
+   * @param {string} outcome "Cancelled" or "Failed"
+   */
+  showStopped(outcome) {
+    if (!this.runState) return;
+    this.#fillRun(stoppedView(outcome, this.runState));
     this.#endRun();
-    this.#say(how);
+    this.#announce(outcome);
   }
 
+  /** Cancel pending requests. */
   remove() {
     this.#cancelPlan();
     this.removed = true;
@@ -75,31 +85,31 @@ export class Panel {
 
   #build() {
     const { plan, run } = this.tabs;
-    const list = element("div", { role: "tablist", "aria-label": "Stochastic FP8" }, plan.button, run.button);
+    const tabList = element("div", { role: "tablist", "aria-label": "Stochastic FP8" }, plan.button, run.button);
     for (const [name, { button }] of Object.entries(this.tabs)) {
-      button.addEventListener("click", () => this.#choose(name));
+      button.addEventListener("click", () => this.#selectTab(name));
     }
-    list.addEventListener("keydown", (event) => this.#moveTab(event));
-    const frame = element("div", { class: "frame" }, list, plan.panel, run.panel, this.spoken);
-    keepFromGraph(frame);
+    tabList.addEventListener("keydown", (event) => this.#onTabKey(event));
+    const frame = element("div", { class: "frame" }, tabList, plan.panel, run.panel, this.liveRegion);
+    isolateEvents(frame);
     return shadowHost(PANEL, frame);
   }
 
-  #moveTab(event) {
+  #onTabKey(event) {
     const names = Object.keys(this.tabs);
-    const target = keyTarget(event.key, names.indexOf(this.chosen), names.length - 1);
-    if (target === null) return;
+    const index = indexForKey(event.key, names.indexOf(this.selected), names.length - 1);
+    if (index === null) return;
     event.preventDefault();
-    this.#choose(names[(target + names.length) % names.length]);
-    this.tabs[this.chosen].button.focus();
+    this.#selectTab(names[(index + names.length) % names.length]);
+    this.tabs[this.selected].button.focus();
   }
 
-  #choose(chosen) {
-    this.chosen = chosen;
+  #selectTab(selected) {
+    this.selected = selected;
     for (const [name, { button, panel }] of Object.entries(this.tabs)) {
-      button.setAttribute("aria-selected", String(name === chosen));
-      button.tabIndex = name === chosen ? 0 : -1;
-      panel.hidden = name !== chosen;
+      button.setAttribute("aria-selected", String(name === selected));
+      button.tabIndex = name === selected ? 0 : -1;
+      panel.hidden = name !== selected;
     }
   }
 
@@ -108,31 +118,31 @@ export class Panel {
   }
 
   #endRun() {
-    this.state = null;
-    this.spokenStep = undefined;
+    this.runState = null;
+    this.lastAnnouncement = undefined;
   }
 
-  #say(text) {
-    this.spoken.textContent = text;
+  #announce(text) {
+    this.liveRegion.textContent = text;
   }
 
   #cancelPlan() {
     clearTimeout(this.timer);
-    this.aborter?.abort();
+    this.abortController?.abort();
   }
 
-  async #fetchPlan({ requests, wired }) {
-    const aborter = (this.aborter = new AbortController());
-    const answers = await Promise.all(requests.map((request) => this.#answer(request, aborter.signal)));
-    if (aborter.signal.aborted || this.removed) return;
-    this.#showPlan(answers, wired);
+  async #fetchPlan({ requests, linked }) {
+    const { signal } = (this.abortController = new AbortController());
+    const answers = await Promise.all(requests.map((request) => this.#answer(request, signal)));
+    if (signal.aborted || this.removed) return;
+    this.#showPlan(answers, linked);
   }
 
-  #showPlan(answers, wired) {
-    const views = answers.flatMap(({ plan, refusal }) => (plan ? planView(plan) : refusalView(refusal)));
-    this.#fillPlan(wired.length ? [...views, ...wiredView(wired)] : views);
-    const sentences = answers.map(({ plan, refusal }) => (plan ? planSentence(plan) : refusal));
-    if (this.chosen === "plan") this.#say(sentences.join(". "));
+  #showPlan(answers, linked) {
+    const views = answers.flatMap(({ plan, error }) => (plan ? planView(plan) : errorView(error)));
+    this.#fillPlan(linked.length ? [...views, ...linkedView(linked)] : views);
+    const sentences = answers.map(({ plan, error }) => (plan ? planSentence(plan) : error));
+    if (this.selected === "plan") this.#announce(sentences.join(". "));
   }
 
   #fillPlan(children) {
@@ -144,12 +154,12 @@ export class Panel {
     try {
       return { plan: await this.page.fetchPlan(request, signal) };
     } catch (error) {
-      return { refusal: error.message };
+      return { error: error.message };
     }
   }
 }
 
-function tab(title) {
+function createTab(title) {
   const panelId = uniqueId("sfp8-panel");
   const button = element("button", {
     type: "button",

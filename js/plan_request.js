@@ -1,8 +1,8 @@
-/** What to ask the server for a node's plan, read off the node's widgets and links. */
+/** The request for a node's plan, from the node's widgets and links. */
 
-import { isLinked, traceFiles } from "./trace.js";
+import { findFiles, isLinked } from "./trace.js";
 
-/** Node -> the input whose model is planned, and which part of the file it is. */
+/** Node type -> the part of the file that it quantizes, and its input for the model. */
 const PLANNED = {
   StochasticFP8Quantize: { part: "model", input: "model" },
   StochasticFP8QuantizeTextEncoder: { part: "clip", input: "clip" },
@@ -11,28 +11,28 @@ const PLANNED = {
 
 const CHOICES = ["format", "layers", "keep", "only", "layout", "matmul", "requantize"];
 
-/** The nodes that have a plan. */
+/** The types of the nodes that have a plan. */
 export const PLANNED_NODES = Object.keys(PLANNED);
 
 /**
  * @param {object} node
  * @param {object} rootGraph
- * @returns {{requests: object[], wired: string[]} | {needs: string}} one request a file, and the choices that are left
- *   out because their value comes over a wire
+ * @returns {{requests: object[], linked: string[]} | {hint: string}} one request per file, and the choices left out
+ *   because their inputs are linked; or what to do before there can be a plan
  */
 export function planRequests(node, rootGraph) {
   const { part, input } = PLANNED[node.comfyClass];
-  const trace = input ? traceFiles(node, input, rootGraph) : chosenFile(node);
-  if (trace.needs) return { needs: trace.needs };
-  const wired = CHOICES.filter((name) => isLinked(node, name));
+  const found = input ? findFiles(node, input, rootGraph) : chosenFile(node);
+  if (found.hint) return { hint: found.hint };
+  const linked = CHOICES.filter((name) => isLinked(node, name));
   const choices = {};
   for (const { name, value } of node.widgets ?? []) {
-    if (CHOICES.includes(name) && !wired.includes(name)) choices[name] = value;
+    if (CHOICES.includes(name) && !linked.includes(name)) choices[name] = value;
   }
-  return { requests: trace.files.map((file) => ({ file, part, ...choices })), wired };
+  return { requests: found.files.map((file) => ({ file, part, ...choices })), linked };
 }
 
 function chosenFile(node) {
   const value = isLinked(node, "file") ? "" : node.widgets?.find(({ name }) => name === "file")?.value;
-  return value ? { files: [value] } : { needs: "a file chosen in this node" };
+  return value ? { files: [value] } : { hint: "Choose a file in this node to see the plan." };
 }

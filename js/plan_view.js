@@ -1,8 +1,8 @@
-/** The plan as a table: what will be quantized, what is kept, and why. */
+/** The Plan tab: which tensors will be quantized, which are kept, and why. */
 
 import { element } from "./dom.js";
-import { formatBytes, formatCount, formatReason, formatSizes } from "./format.js";
-import { noteList } from "./live_view.js";
+import { formatBytes, formatCount, formatSizes } from "./numbers.js";
+import { noteList } from "./run_view.js";
 
 /**
  * @typedef {object} Row
@@ -11,13 +11,19 @@ import { noteList } from "./live_view.js";
  * @property {{name: string, count: number}[]} names
  * @property {number} more names that are not listed
  *
+ * @typedef {object} Reason why tensors are kept
+ * @property {string} kind
+ * @property {string} pattern the pattern that matched, or ""
+ * @property {string} preset the preset that the pattern belongs to; "" for a user's pattern
+ * @property {string} text
+ *
  * @typedef {object} Plan the server's answer for one file
  * @property {string} source
  * @property {string} family
  * @property {number} bytes_before
  * @property {number} bytes_after
  * @property {Row & {bytes_after: number}} quantized
- * @property {(Row & {reason: string})[]} kept
+ * @property {(Row & {reason: Reason})[]} kept
  * @property {{pattern: string, count: number, yours: boolean}[]} hits
  * @property {string[]} notes
  */
@@ -27,38 +33,64 @@ import { noteList } from "./live_view.js";
  * @returns {HTMLElement[]}
  */
 export function planView(plan) {
+  const source = `${plan.source} · ${familyText(plan)}`;
   return [
     element("div", { class: "headline", textContent: formatSizes(plan.bytes_before, plan.bytes_after) }),
-    element("div", { class: "soft ellipsis", title: plan.source, textContent: `${plan.source} · ${familyText(plan)}` }),
+    element("div", { class: "muted ellipsis", title: plan.source, textContent: source }),
     planTable(plan),
     ...hitList(plan.hits),
     ...noteList(plan.notes),
   ];
 }
 
-/** The file whose plan cannot be made, and why. */
-export function refusalView(text) {
-  return [element("p", { class: "wrong", textContent: text })];
+/**
+ * Shown when the server cannot make a plan.
+ * @param {string} text the server's reason
+ * @returns {HTMLElement[]}
+ */
+export function errorView(text) {
+  return [element("p", { class: "error", textContent: text })];
 }
 
-/** What a plan would need. */
-export function needsView(text) {
-  return [element("p", { class: "soft", textContent: `The plan needs ${text}.` })];
+/**
+ * Shown while something is missing for a plan.
+ * @param {string} text what to do
+ * @returns {HTMLElement[]}
+ */
+export function hintView(text) {
+  return [element("p", { class: "muted", textContent: text })];
 }
 
-/** The choices that a plan leaves out. */
-export function wiredView(names) {
-  const text = `Not in this plan, since it comes over a wire: ${names.join(", ")}`;
-  return [element("p", { class: "soft", textContent: text })];
+/**
+ * Names the inputs whose values the plan cannot know.
+ * @param {string[]} names
+ * @returns {HTMLElement[]}
+ */
+export function linkedView(names) {
+  return [element("p", { class: "muted", textContent: `The plan leaves out linked inputs: ${names.join(", ")}` })];
 }
 
-/** One plan in a sentence, for a screen reader. */
+/**
+ * The plan in one sentence, for screen readers.
+ * @param {Plan} plan
+ * @returns {string}
+ */
 export function planSentence(plan) {
   const kept = plan.kept.reduce((sum, row) => sum + row.count, 0);
   return (
     `Plan for ${plan.source}: ${formatCount(plan.quantized.count, "layer")} quantized, ${formatCount(kept, "tensor")} ` +
     `kept, ${formatBytes(plan.bytes_before)} to ${formatBytes(plan.bytes_after)}`
   );
+}
+
+/**
+ * The short text of a reason.
+ * @param {Reason} reason
+ * @returns {string}
+ */
+export function reasonText({ pattern, preset, text }) {
+  if (!pattern) return text;
+  return preset ? `${pattern} (preset ${preset})` : `${pattern} (your pattern)`;
 }
 
 function familyText({ family }) {
@@ -69,9 +101,9 @@ function planTable(plan) {
   const { quantized } = plan;
   const sizes = `${formatBytes(quantized.bytes)} → ${formatBytes(quantized.bytes_after)}`;
   const body = element("tbody", {}, ...rows("Quantized", quantized, sizes));
-  for (const row of plan.kept) body.append(...rows(`Kept: ${formatReason(row.reason)}`, row, formatBytes(row.bytes)));
+  for (const row of plan.kept) body.append(...rows(`Kept: ${reasonText(row.reason)}`, row, formatBytes(row.bytes)));
   const heads = [
-    ["What and why", ""],
+    ["Result and reason", ""],
     ["Tensors", "number"],
     ["Size", "number"],
   ];
@@ -79,7 +111,7 @@ function planTable(plan) {
   return element("table", {}, element("thead", {}, element("tr", {}, ...head)), body);
 }
 
-/** A row, and the row of its names, which its button shows. */
+/** A row with a button, and below it the row of tensor names that the button shows or hides. */
 function rows(title, row, size) {
   const names = element("tr", { class: "names", hidden: true }, element("td", { colSpan: 3 }, nameList(row)));
   const button = element("button", {
@@ -107,7 +139,7 @@ function nameList({ names, more }) {
   const items = names.map(({ name, count }) =>
     element("li", { class: "name", textContent: count > 1 ? `${name} × ${count}` : name }),
   );
-  if (more) items.push(element("li", { class: "soft", textContent: `and ${formatCount(more, "more name")}` }));
+  if (more) items.push(element("li", { class: "muted", textContent: `and ${formatCount(more, "more name")}` }));
   return element("ul", {}, ...items);
 }
 
@@ -116,7 +148,7 @@ function hitList(hits) {
   const items = hits.map(({ pattern, count, yours }) =>
     element(
       "li",
-      { class: yours ? "yours" : "soft" },
+      { class: yours ? "yours" : "muted" },
       element("span", { class: "name", textContent: pattern }),
       ` × ${count}`,
     ),

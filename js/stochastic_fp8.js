@@ -1,20 +1,20 @@
-/** Adds the panels to the nodes, and hands them what the server says. */
+/** The extension: adds panels and sliders to the nodes, and passes on the server's messages. */
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { ABSlider } from "./ab_slider.js";
-import { chain } from "./dom.js";
+import { chainCallback } from "./dom.js";
 import { Panel } from "./panel.js";
 import { PLANNED_NODES } from "./plan_request.js";
 import { nodeByExecutionId } from "./trace.js";
 
 const SLIDER_NODE = "StochasticFP8ImageCompare";
 const PANEL_SIZE = { width: 380, height: 260 };
-/** What the canvas leaves around an element, inside its height. */
+/** Pixels that the canvas leaves free above and below an element, within the widget's height. */
 const MARGIN = 10;
 const SLIDER_SIZE = { width: 340, height: 300 };
 
-/** @type {Map<object, Panel>} node -> its panel, as long as the node exists */
+/** @type {Map<object, Panel>} node -> its panel; nodes that are removed leave it */
 const panels = new Map();
 
 const rootGraph = () => app.rootGraph ?? app.graph;
@@ -23,7 +23,7 @@ app.registerExtension({
   name: "stochastic_fp8",
 
   setup() {
-    api.addEventListener("stochastic_fp8.live", ({ detail }) => showLive(detail));
+    api.addEventListener("stochastic_fp8.live", ({ detail }) => showMessage(detail));
     api.addEventListener("execution_interrupted", () => stopAll("Cancelled"));
     api.addEventListener("execution_error", () => stopAll("Failed"));
     api.addEventListener("graphChanged", refreshPlans);
@@ -36,7 +36,7 @@ app.registerExtension({
 
   async afterConfigureGraph() {
     refreshPlans();
-    await restoreLive();
+    await restoreMessages();
   },
 });
 
@@ -44,15 +44,15 @@ function addPanel(node) {
   const panel = new Panel(node, { rootGraph, fetchPlan });
   panels.set(node, panel);
   const refresh = () => queueMicrotask(() => panels.has(node) && node.graph && panel.refreshPlan());
-  for (const widget of node.widgets) chain(widget, "callback", refresh);
+  for (const widget of node.widgets) chainCallback(widget, "callback", refresh);
   addElement(node, "stochastic_fp8_panel", panel.host, PANEL_SIZE);
-  chain(node, "onConnectionsChange", refresh);
-  chain(node, "onAdded", refresh);
-  chain(node, "onExecuted", (output) => {
+  chainCallback(node, "onConnectionsChange", refresh);
+  chainCallback(node, "onAdded", refresh);
+  chainCallback(node, "onExecuted", (output) => {
     const summary = output?.stochastic_fp8?.[0];
     if (summary) panel.showSummary(summary);
   });
-  chain(node, "onRemoved", () => {
+  chainCallback(node, "onRemoved", () => {
     panels.delete(node);
     panel.remove();
   });
@@ -62,13 +62,13 @@ function addSlider(node) {
   const amplify = node.widgets?.find(({ name }) => name === "amplify");
   const slider = new ABSlider({ imageUrl, amplify: () => amplify?.value ?? 8 });
   addElement(node, "stochastic_fp8_slider", slider.host, SLIDER_SIZE);
-  if (amplify) chain(amplify, "callback", () => slider.refresh());
-  chain(node, "onExecuted", (output) => {
+  if (amplify) chainCallback(amplify, "callback", () => slider.refresh());
+  chainCallback(node, "onExecuted", (output) => {
     if (output?.a_images && output?.b_images) slider.show(output.a_images, output.b_images, output.names);
   });
 }
 
-/** An element as the node's last widget, which is saved neither in the workflow nor in the prompt. */
+/** Add an element as the last widget of a node. It is not saved in the workflow or the prompt. */
 function addElement(node, name, host, { width, height }) {
   host.classList.add(name);
   host.style.minHeight = `${height}px`;
@@ -78,8 +78,8 @@ function addElement(node, name, host, { width, height }) {
     getMinHeight: () => height + 2 * MARGIN,
   });
   widget.serialize = false;
-  const [minimum, tall] = node.computeSize();
-  node.setSize([Math.max(width, minimum), Math.max(tall, node.size[1])]);
+  const [minWidth, minHeight] = node.computeSize();
+  node.setSize([Math.max(width, minWidth), Math.max(minHeight, node.size[1])]);
 }
 
 function imageUrl({ filename, subfolder, type }) {
@@ -102,23 +102,23 @@ function refreshPlans() {
   for (const [node, panel] of panels) if (node.graph) panel.refreshPlan();
 }
 
-function stopAll(how) {
-  for (const panel of panels.values()) panel.showStopped(how);
+function stopAll(outcome) {
+  for (const panel of panels.values()) panel.showStopped(outcome);
 }
 
-/** Show a message of the server, unless it is about a node of another workflow. */
-function showLive(state) {
+/** Show a message of the server about a job. Messages about other workflows are ignored. */
+function showMessage(message) {
   const root = rootGraph();
-  if (state.workflow && root.id && state.workflow !== root.id) return;
-  const panel = panels.get(nodeByExecutionId(root, state.node));
+  if (message.workflow && root.id && message.workflow !== root.id) return;
+  const panel = panels.get(nodeByExecutionId(root, message.node));
   if (!panel) return;
-  if (state.summary) panel.showSummary(state.summary);
-  else panel.showRunning(state);
+  if (message.summary) panel.showSummary(message.summary);
+  else panel.showRunning(message);
 }
 
-/** Show what a job that is already running has told before this page, or this workflow, was opened. */
-async function restoreLive() {
+/** Show the last messages of running jobs, after the page or the workflow was opened in the middle of one. */
+async function restoreMessages() {
   if (!panels.size) return;
   const answer = await api.fetchApi("/stochastic_fp8/live");
-  if (answer.ok) (await answer.json()).forEach(showLive);
+  if (answer.ok) (await answer.json()).forEach(showMessage);
 }

@@ -1,12 +1,12 @@
-/** Style sheets for shadow roots, in the colours of ComfyUI's theme. */
+/** Style sheets for shadow roots. Colours come from ComfyUI's theme. */
 
 const BASE = `
 :host {
   --line: color-mix(in srgb, var(--fg-color, #fff) 18%, transparent);
-  --soft: color-mix(in srgb, var(--fg-color, #fff) 78%, var(--comfy-menu-bg, #353535));
+  --muted: color-mix(in srgb, var(--fg-color, #fff) 78%, var(--comfy-menu-bg, #353535));
   --accent: color-mix(in srgb, #2f80ed 60%, var(--fg-color, #fff));
-  --second: color-mix(in srgb, #e09000 60%, var(--fg-color, #fff));
-  --wrong: color-mix(in srgb, #e02010 55%, var(--fg-color, #fff));
+  --highlight: color-mix(in srgb, #e09000 60%, var(--fg-color, #fff));
+  --error: color-mix(in srgb, #e02010 55%, var(--fg-color, #fff));
   display: block; position: relative; box-sizing: border-box; width: 100%; height: 100%;
   color: var(--fg-color, #fff); font: 12px/1.4 Inter, system-ui, sans-serif; text-align: left;
 }
@@ -17,57 +17,57 @@ const BASE = `
 }
 button { font: inherit; color: inherit; background: none; border: 0; cursor: pointer; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 3px; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.visually-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 [hidden] { display: none !important; }
 `;
 
 export const PANEL = `${BASE}
 [role=tablist] { display: flex; flex: none; border-bottom: 1px solid var(--line); }
-[role=tab] { padding: 4px 12px; color: var(--soft); border-bottom: 2px solid transparent; }
+[role=tab] { padding: 4px 12px; color: var(--muted); border-bottom: 2px solid transparent; }
 [role=tab][aria-selected=true] { color: inherit; border-color: var(--accent); }
 [role=tabpanel] { flex: 1; min-height: 0; overflow: hidden auto; scrollbar-width: thin; padding: 8px 10px; display: grid; gap: 8px; align-content: start; grid-auto-rows: max-content; }
 .headline { font-size: 14px; font-weight: 600; }
-.soft { color: var(--soft); }
-.wrong { color: var(--wrong); }
+.muted { color: var(--muted); }
+.error { color: var(--error); }
 .stale { opacity: .55; }
 .ellipsis { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .name { font: 11px/1.45 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: 2px 8px 2px 0; vertical-align: top; text-align: left; font-weight: normal; }
-thead th { color: var(--soft); }
+thead th { color: var(--muted); }
 tbody tr:not(.names) > * { border-top: 1px solid var(--line); }
 th:last-child, td:last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td button { text-align: left; padding-left: 1.2em; position: relative; }
-td button::before { content: "▸"; position: absolute; left: 0; color: var(--soft); }
+td button::before { content: "▸"; position: absolute; left: 0; color: var(--muted); }
 td button[aria-expanded=true]::before { content: "▾"; }
 .names ul { list-style: none; padding: 0 0 4px 1.1em; }
 .hits { display: flex; flex-wrap: wrap; gap: 4px; list-style: none; }
 .hits li { border: 1px solid var(--line); border-radius: 9px; padding: 0 7px; }
 .hits .yours { border-color: var(--accent); }
-.notes { padding-left: 1.2em; color: var(--soft); }
+.notes { padding-left: 1.2em; color: var(--muted); }
 .track { height: 6px; border-radius: 3px; background: var(--line); overflow: hidden; }
 .fill { height: 100%; width: 0; background: var(--accent); }
 .facts { display: grid; grid-template-columns: repeat(4, auto); gap: 0 10px; }
-.facts dt { color: var(--soft); grid-row: 1; }
+.facts dt { color: var(--muted); grid-row: 1; }
 .facts dd { grid-row: 2; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .bars { display: flex; align-items: flex-end; gap: 1px; height: 52px; margin-top: 4px; border-bottom: 1px solid var(--line); }
 .bars > div { flex: 1; height: 100%; display: flex; align-items: flex-end; }
 .bars > div::before { content: ""; width: 100%; height: var(--height); background: var(--accent); }
-.bars:is(:hover, :focus-visible) > .current::before { background: var(--second); }
-.axis { display: flex; justify-content: space-between; color: var(--soft); font-size: 11px; }
+.bars:is(:hover, :focus-visible) > .current::before { background: var(--highlight); }
+.axis { display: flex; justify-content: space-between; color: var(--muted); font-size: 11px; }
 .worst { list-style: none; display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 1px 10px; }
 .worst li { display: contents; }
 `;
 
 export const SLIDER = `${BASE}
 .bar { flex: none; display: flex; align-items: center; gap: 4px; padding: 4px 6px; border-bottom: 1px solid var(--line); }
-.bar button { padding: 2px 8px; border-radius: 4px; color: var(--soft); }
+.bar button { padding: 2px 8px; border-radius: 4px; color: var(--muted); }
 .bar button[aria-pressed=true] { color: inherit; background: var(--line); }
 .bar button:disabled { opacity: .4; cursor: default; }
 .pairs { margin-left: auto; display: flex; align-items: center; gap: 2px; white-space: nowrap; }
 .stage { flex: 1; min-height: 0; display: grid; place-items: center; container-type: size; padding: 0; }
-.soft { color: var(--soft); padding: 10px; text-align: center; }
+.muted { color: var(--muted); padding: 10px; text-align: center; }
 .pictures {
   position: relative; overflow: hidden; touch-action: none; user-select: none; cursor: ew-resize;
   aspect-ratio: var(--ratio, 1); width: min(100cqw, 100cqh * var(--ratio, 1));

@@ -1,9 +1,9 @@
-/** Finds the file behind a MODEL or CLIP input by following its link back to a loader. Reads the graph only. */
+/** Follows links back from a node's input to a loader, to find its model file. Reads the graph, changes nothing. */
 
 const MODEL_FILE = { kind: "diffusion_models", widgets: ["unet_name"] };
 const CHECKPOINT = { kind: "checkpoints", widgets: ["ckpt_name"] };
 
-/** Loader -> the kind of its files and the widgets that name them. */
+/** Loader type -> the kind of its files, and the widgets that hold their names. */
 const LOADERS = {
   UNETLoader: MODEL_FILE,
   CheckpointLoaderSimple: CHECKPOINT,
@@ -19,115 +19,154 @@ const LOADERS = {
   },
 };
 
-const SHIPPED = { StochasticFP8DemoModel: "demo/tiny_sd3_landscapes.safetensors" };
+/** Node type -> the file in this pack that it loads. */
+const BUNDLED_FILES = { StochasticFP8DemoModel: "demo/tiny_sd3_landscapes.safetensors" };
 
-/** What a link inside a subgraph starts at when it comes from outside; newer pages write ids as text. */
+/** The origin id of links that enter a subgraph through its inputs. Newer front ends store ids as strings. */
 const SUBGRAPH_INPUT = -10;
 const MUTED = 2;
 const BYPASSED = 4;
-const LONGEST_WAY = 200;
+
+/** Links that are followed at most, in case the graph has a cycle. */
+const MAX_STEPS = 200;
 
 /**
- * @typedef {{files: string[]} | {needs: string}} Trace files as `kind/name`, or what is missing to find them
+ * @typedef {{files: string[]} | {hint: string}} FoundFiles files as `kind/name`, or what to do so that they are found
+ * @typedef {{node: object, slot: number}} Output an output of a node
  */
 
 /**
- * The files that a node's input comes from.
+ * The model files behind a node's input.
  * @param {object} node
  * @param {string} inputName
  * @param {object} rootGraph
- * @returns {Trace}
+ * @returns {FoundFiles}
  */
-export function traceFiles(node, inputName, rootGraph) {
+export function findFiles(node, inputName, rootGraph) {
   const input = node.inputs?.find((slot) => slot.name === inputName);
-  if (!input) return { needs: `an input named ${inputName}` };
-  let way = origin(node.graph, input.link, rootGraph);
-  for (let step = 0; way && step < LONGEST_WAY; step += 1) {
-    const found = filesOf(way.node, rootGraph);
+  if (!input) return { hint: `This node has no input named ${inputName}.` };
+  let output = linkOrigin(node.graph, input.link, rootGraph);
+  for (let step = 0; output && step < MAX_STEPS; step += 1) {
+    const found = loaderFiles(output.node, rootGraph);
     if (found) return found;
-    const next = back(way, input.type, rootGraph);
-    if (!next) return { needs: `a loader node: ${way.node.title || way.node.type} does not say which file it uses` };
-    way = next;
+    const next = upstreamOutput(output, input.type, rootGraph);
+    if (!next) return { hint: deadEndHint(output.node, inputName) };
+    output = next;
   }
-  return { needs: `a loader node at the input ${inputName}` };
+  return { hint: `Connect a loader node to ${inputName} to see the plan.` };
 }
 
-/** Whether an input of a node, or a widget that was made one, is connected. */
+/**
+ * Whether an input of a node is linked. Widgets have inputs too.
+ * @param {object} node
+ * @param {string} name of the input or widget
+ * @returns {boolean}
+ */
 export function isLinked(node, name) {
   return Boolean(node.inputs?.some((slot) => (slot.widget?.name ?? slot.name) === name && slot.link != null));
 }
 
-/** One step back from an output: the node and slot that the value comes from. */
-function back({ node, slot }, type, rootGraph) {
+/**
+ * The output from which an output gets its value, one node upstream.
+ * @param {Output} output
+ * @param {string} type of the value, such as "MODEL"
+ * @param {object} rootGraph
+ * @returns {Output|null}
+ */
+function upstreamOutput({ node, slot }, type, rootGraph) {
   if (node.mode === MUTED) return null;
   if (node.subgraph && node.mode !== BYPASSED) {
-    return origin(node.subgraph, node.subgraph.outputs[slot]?.linkIds?.[0], rootGraph);
+    return linkOrigin(node.subgraph, node.subgraph.outputs[slot]?.linkIds?.[0], rootGraph);
   }
   const input =
     node.inputs?.find((candidate) => candidate.type === type && candidate.link != null) ??
     node.inputs?.find((candidate) => candidate.type === "*" && candidate.link != null);
-  return input ? origin(node.graph, input.link, rootGraph) : null;
+  return input ? linkOrigin(node.graph, input.link, rootGraph) : null;
 }
 
-/** The node and slot that a link starts at; through the wall of a subgraph if need be. */
-function origin(graph, linkId, rootGraph) {
-  const link = linkOf(graph, linkId);
+/**
+ * The output at which a link starts. Links from outside a subgraph are followed outside.
+ * @param {object} graph
+ * @param {number|null|undefined} linkId
+ * @param {object} rootGraph
+ * @returns {Output|null}
+ */
+function linkOrigin(graph, linkId, rootGraph) {
+  const link = getLink(graph, linkId);
   if (!link) return null;
   if (Number(link.origin_id) !== SUBGRAPH_INPUT) {
     const node = graph.getNodeById(link.origin_id);
     return node ? { node, slot: link.origin_slot } : null;
   }
-  const outer = nodeOfSubgraph(rootGraph, graph);
-  return outer ? origin(outer.graph, outer.inputs[link.origin_slot]?.link, rootGraph) : null;
+  const outer = subgraphNode(rootGraph, graph);
+  return outer ? linkOrigin(outer.graph, outer.inputs[link.origin_slot]?.link, rootGraph) : null;
 }
 
-function filesOf(node, rootGraph) {
+/**
+ * The files that a node loads; null if it is not an active loader.
+ * @param {object} node
+ * @param {object} rootGraph
+ * @returns {FoundFiles|null}
+ */
+function loaderFiles(node, rootGraph) {
   const type = node.comfyClass ?? node.type;
   if (node.mode === MUTED || node.mode === BYPASSED) return null;
-  if (SHIPPED[type]) return { files: [SHIPPED[type]] };
+  if (BUNDLED_FILES[type]) return { files: [BUNDLED_FILES[type]] };
   const loader = LOADERS[type];
   if (!loader) return null;
   const names = loader.widgets.map((name) => widgetValue(node, name, rootGraph));
-  if (names.some((name) => !name)) return { needs: `a file chosen in ${node.title || type}` };
+  if (names.some((name) => !name)) return { hint: `Choose a file in ${titleOf(node)} to see the plan.` };
   return { files: names.map((name) => `${loader.kind}/${name}`) };
 }
 
-/** A widget's value; where it comes over a wire, that of the widget at the other end, if there is one. */
+/** A widget's value. For a linked widget, the value of the widget at the other end; undefined if there is none. */
 function widgetValue(node, name, rootGraph) {
   const slot = node.inputs?.find((candidate) => candidate.widget?.name === name && candidate.link != null);
   if (!slot) return node.widgets?.find((widget) => widget.name === name)?.value;
-  const link = linkOf(node.graph, slot.link);
+  const link = getLink(node.graph, slot.link);
   if (Number(link?.origin_id) === SUBGRAPH_INPUT) return promotedValue(node.graph, link.origin_slot, rootGraph);
   const source = link && node.graph.getNodeById(link.origin_id);
   return source?.type === "PrimitiveNode" ? source.widgets?.[0]?.value : undefined;
 }
 
-/** The value that a subgraph's input has on the node that shows the subgraph. */
+/** The value of a subgraph's input, from the widget on the subgraph's node. */
 function promotedValue(subgraph, slot, rootGraph) {
-  const outer = nodeOfSubgraph(rootGraph, subgraph);
+  const outer = subgraphNode(rootGraph, subgraph);
   const input = outer?.inputs[slot];
   return input && widgetValue(outer, input.widget?.name ?? input.name, rootGraph);
 }
 
-function linkOf(graph, id) {
+function getLink(graph, id) {
   return id == null ? null : (graph.getLink?.(id) ?? graph.links[id]);
 }
 
-/** The node that shows a subgraph, wherever it is. */
-function nodeOfSubgraph(graph, subgraph) {
+/** What to do when the links end at a node that loads no file. */
+function deadEndHint(node, inputName) {
+  return node.mode === MUTED
+    ? `${titleOf(node)} is muted. Connect a loader node to ${inputName} to see the plan.`
+    : `${titleOf(node)} names no model file. Connect a loader node to see the plan.`;
+}
+
+function titleOf(node) {
+  return node.title || node.type;
+}
+
+/** The node that contains a subgraph, at any depth; null if there is none. */
+function subgraphNode(graph, subgraph) {
   for (const node of graph.nodes ?? []) {
     if (!node.subgraph) continue;
     if (node.subgraph === subgraph) return node;
-    const inner = nodeOfSubgraph(node.subgraph, subgraph);
+    const inner = subgraphNode(node.subgraph, subgraph);
     if (inner) return inner;
   }
   return null;
 }
 
 /**
- * The node that the server calls by an id such as "7" or, in subgraphs, "5:7".
+ * The node with an execution id of the server, such as "7" or, in a subgraph, "5:7".
  * @param {object} rootGraph
  * @param {string} executionId
+ * @returns {object|null}
  */
 export function nodeByExecutionId(rootGraph, executionId) {
   let graph = rootGraph;

@@ -1,31 +1,58 @@
-/** What a job does while it runs, and its numbers when it is done. */
+/** The Run tab: the progress of a job while it runs, and its numbers when it is done. */
 
 import { element } from "./dom.js";
-import { formatCount, formatDecibels, formatSeconds, formatShare, formatSizes, formatSmall, pace } from "./format.js";
 import { histogram } from "./histogram.js";
+import {
+  formatBytes,
+  formatCount,
+  formatDecibels,
+  formatSeconds,
+  formatShare,
+  formatSizes,
+  formatSmall,
+} from "./numbers.js";
 
 /**
- * @typedef {object} LiveState a message of the server
+ * @typedef {object} RunState a message of the server about a running job
  * @property {number} done bytes
  * @property {number} total bytes
- * @property {string} key the tensor that comes next
+ * @property {string} key the tensor that is processed next
  * @property {number} seconds since the job began
  * @property {number} [layer] layers done
  * @property {number} [layers] layers in all
- * @property {number|null} [sqnr] of the layers done, in dB
+ * @property {number|null} [sqnr] of the layers done, in dB; null for infinite
+ *
+ * @typedef {object} Summary the server's summary of a report
+ * @property {string} format
+ * @property {string} rounding
+ * @property {number} layers quantized layers
+ * @property {number} kept kept tensors
+ * @property {number} bytes_before
+ * @property {number} bytes_after
+ * @property {number} count quantized values
+ * @property {number|null} sqnr in dB; null for infinite
+ * @property {number} bias
+ * @property {number} saturated values
+ * @property {number} flushed values
+ * @property {{key: string, sqnr: number|null}[]} worst
+ * @property {{low: number, high: number, counts: number[]}} steps
+ * @property {string[]} notes
  */
 
-/** Shown before anything ran. */
+/**
+ * Shown before the first run.
+ * @returns {HTMLElement[]}
+ */
 export function idleView() {
-  return [element("p", { class: "soft", textContent: "Numbers appear here when this node runs." })];
+  return [element("p", { class: "muted", textContent: "Numbers appear here when this node runs." })];
 }
 
 /**
- * @param {LiveState} state
+ * @param {RunState} state
  * @returns {HTMLElement[]}
  */
 export function runningView(state) {
-  const { share, speed, left } = pace(state);
+  const { share, speed, timeLeft } = progress(state);
   const percent = Math.floor(100 * share);
   const bar = element(
     "div",
@@ -40,35 +67,59 @@ export function runningView(state) {
     element("div", { class: "fill" }),
   );
   bar.firstChild.style.width = `${100 * share}%`;
-  const ending = share >= 1;
+  const finishing = share >= 1;
   const facts = [
     ["Done", `${percent} %`],
     ["Speed", speed || "…"],
-    ["Time left", ending ? formatSeconds(0) : left || "…"],
+    ["Time left", finishing ? formatSeconds(0) : timeLeft || "…"],
     ["SQNR so far", state.layer ? formatDecibels(state.sqnr) : "…"],
   ];
   return [
-    element("div", { class: "headline", textContent: ending ? "Finishing …" : layerText(state) }),
+    element("div", { class: "headline", textContent: finishing ? "Finishing …" : layerText(state) }),
     bar,
     factList(facts),
     element("div", { class: "name ellipsis", title: state.key, textContent: state.key || " " }),
   ];
 }
 
-/** Which layer a job is at, in words. */
+/**
+ * The share that is done, the speed, and the time left.
+ * @param {{done: number, total: number, seconds: number}} state bytes, and the seconds that `done` took
+ * @returns {{share: number, speed: string, timeLeft: string}} share from 0 to 1; texts are empty while unknown
+ */
+export function progress({ done, total, seconds }) {
+  const share = total ? done / total : 1;
+  if (!done || !seconds) return { share, speed: "", timeLeft: "" };
+  return {
+    share,
+    speed: `${formatBytes(done / seconds)}/s`,
+    timeLeft: done < total ? formatSeconds((seconds * (total - done)) / done) : "",
+  };
+}
+
+/**
+ * The current layer of a job: "Layer 3 of 24".
+ * @param {RunState} state
+ * @returns {string}
+ */
 export function layerText({ layer, layers }) {
   if (!layers) return "Quantizing …";
   return `Layer ${Math.min(layer + 1, layers).toLocaleString("en")} of ${layers.toLocaleString("en")}`;
 }
 
-/** Shown when a job ended early. `how`: "cancelled" or "failed". */
-export function stoppedView(how, state) {
+/**
+ * Shown when a job ended early.
+ * @param {string} outcome "Cancelled" or "Failed"
+ * @param {RunState} [state] the last message
+ * @returns {HTMLElement[]}
+ */
+export function stoppedView(outcome, state) {
   const where = state?.layers ? ` after ${formatCount(state.layer ?? 0, "layer")} of ${state.layers}` : "";
-  return [element("div", { class: "headline wrong", textContent: `${how}${where}` })];
+  return [element("div", { class: "headline error", textContent: `${outcome}${where}` })];
 }
 
 /**
- * @param {object} summary the server's summary of a report
+ * @param {Summary} summary
  * @returns {HTMLElement[]}
  */
 export function summaryView(summary) {
@@ -78,12 +129,12 @@ export function summaryView(summary) {
     ["SQNR", formatDecibels(summary.sqnr)],
     ["Bias", formatSmall(summary.bias)],
     ["Saturated", share(summary.saturated)],
-    ["To zero", share(summary.flushed)],
+    ["Flushed to 0", share(summary.flushed)],
   ];
   return [
     element("div", { class: "headline", textContent: formatSizes(summary.bytes_before, summary.bytes_after) }),
     element("div", {
-      class: "soft",
+      class: "muted",
       textContent: `${formatCount(summary.layers, "layer")} to ${summary.format}, ${summary.rounding}; ${formatCount(summary.kept, "tensor")} kept`,
     }),
     factList(facts),
@@ -93,7 +144,10 @@ export function summaryView(summary) {
   ];
 }
 
-/** Remarks as a list; nothing for none. */
+/**
+ * @param {string[]} notes
+ * @returns {HTMLElement[]} one list, or nothing
+ */
 export function noteList(notes) {
   const items = notes.map((note) => element("li", { textContent: note }));
   return items.length ? [element("ul", { class: "notes" }, ...items)] : [];
@@ -119,7 +173,7 @@ function worstList(worst) {
   return element(
     "div",
     {},
-    element("div", { class: "soft", textContent: "Lowest SQNR" }),
+    element("div", { class: "muted", textContent: "Lowest SQNR" }),
     element("ol", { class: "worst" }, ...items),
   );
 }
