@@ -1,4 +1,4 @@
-"""Numbers as people read them: figures, tables, the command and the log. js/numbers.js is the same for the page.
+"""Numbers and names as people read them: figures, tables, the command and the log. js/numbers.js has the numbers.
 
 Meant to be called with the module's name: `display.bytes(n)`, `display.share(x)`.
 """
@@ -6,6 +6,7 @@ Meant to be called with the module's name: `display.bytes(n)`, `display.share(x)
 from __future__ import annotations
 
 import math
+import unicodedata
 
 
 def bytes(n: float) -> str:
@@ -82,6 +83,43 @@ def shorten_middle(text: str, length: int) -> str:
         return text
     tail = (length - 1) * 2 // 3
     return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def printable(text: str) -> str:
+    """The text on one line, safe for a terminal or a figure: control, bidi and other invisible characters as escapes.
+
+    Names of tensors and files come from other people. The escape character becomes the four characters \\x1b.
+    """
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def printable_lines(text: str) -> str:
+    """printable for a text of several lines, which stay apart."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def markdown(text: str) -> str:
+    """A name as plain text in Markdown, also in a table: no HTML, image, link or emphasis."""
+    escaped = printable(text).replace("://", ":\0//")
+    return "".join(_MARKDOWN.get(character, character) for character in escaped)
+
+
+_MARKDOWN = {
+    **{character: f"\\{character}" for character in "\\`*[]|~"},
+    "&": "&amp;",
+    "<": "&lt;",
+    ">": "&gt;",
+    "\0": "&#8203;",  # a zero-width space, so that an address does not become a link
+}
+
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+"""Unicode categories: control, format (bidi, zero-width), surrogate, private use, line and paragraph separators."""
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in _INVISIBLE:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def _scientific(x: float, digits: int) -> str:

@@ -19,6 +19,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .display import printable
+
 
 class StochasticFP8Error(Exception):
     """Base class of all exceptions that the library raises on purpose."""
@@ -62,4 +64,4 @@ class UnsupportedDtypeError(StochasticFP8Error, TypeError):
 
 def file_error(path: str | os.PathLike[str], text: str) -> CheckpointError:
     """A CheckpointError of one line: the file's name without its folder, then the text."""
-    return CheckpointError(" ".join(f"{os.fspath(Path(path).name)}: {text}".splitlines()))
+    return CheckpointError(printable(" ".join(f"{os.fspath(Path(path).name)}: {text}".splitlines())))

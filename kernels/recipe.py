@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .choices import choose
 from .numerics.formats import FORMATS
@@ -67,7 +68,7 @@ class Recipe:
             object.__setattr__(self, name, (names,) if isinstance(names, str) else tuple(names))
 
 
-def recipe_from(recipe: Recipe | None, choices: Mapping[str, object]) -> Recipe:
+def recipe_from(recipe: Recipe | None, choices: Mapping[str, Any]) -> Recipe:
     """The recipe of a call that takes either a Recipe or its fields as keywords.
 
     Raises TypeError where both are given, or for a keyword that is not a field of Recipe.

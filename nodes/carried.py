@@ -77,8 +77,8 @@ class Rebinder:
             same = parts[0] is value.func and parts[1] == list(value.args) and parts[2] == value.keywords
             return value if same else functools.partial(parts[0], *parts[1], **parts[2])
         if type(value) is dict:
-            items = {key: self._rebind(item) for key, item in value.items()}
-            return value if all(items[key] is value[key] for key in value) else items
+            rebound = {key: self._rebind(item) for key, item in value.items()}
+            return value if all(rebound[key] is value[key] for key in value) else rebound
         if type(value) in (list, tuple, set):
             items = [self._rebind(item) for item in value]
             return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
@@ -105,7 +105,7 @@ class Rebinder:
 
     def _is_old_patcher(self, value: Any) -> bool:
         """The old patcher, or one that it was cloned from: they share one network."""
-        return type(value) is type(self._old_patcher) and getattr(value, "model", None) is self._old_patcher.model
+        return hasattr(type(value), "add_object_patch") and getattr(value, "model", None) is self._old_patcher.model
 
     def _reaches_old(self, value: Any) -> bool:
         """Whether a weight, a module or a patcher of the old network can be reached from a value."""

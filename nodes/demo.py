@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 from safetensors.torch import load_file
 
+from ..kernels.choices import choose
 from .schema import CATEGORY, newer
 
 MODELS = Path(__file__).resolve().parents[1] / "example_workflows" / "models"
@@ -47,6 +48,7 @@ class StochasticFP8DemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, scene):
+        choose(dict.fromkeys(SCENES), scene, "scene")
         model = comfy.sd.load_diffusion_model(str(MODELS / "tiny_sd3_landscapes.safetensors"))
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "tiny_taesd3_landscapes.safetensors")))
         scenes = load_file(MODELS / "tiny_conditioning.safetensors")

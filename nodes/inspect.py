@@ -46,7 +46,7 @@ class StochasticFP8Inspect(io.ComfyNode):
                 io.Boolean.Input(
                     "deep",
                     default=False,
-                    tooltip="Also reads every FP8 weight, to find NaN and infinite codes that would turn the image "
+                    tooltip="Also reads every weight, to find NaN and infinite codes that would turn the image "
                     "black. Slow for a large file.",
                 ),
                 io.Boolean.Input(
@@ -61,7 +61,7 @@ class StochasticFP8Inspect(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(id="findings", display_name="findings", tooltip="The findings, one per line."),
+                io.String.Output(id="findings", display_name="findings", tooltip="The findings, one line per kind."),
                 io.Image.Output(id="image", display_name="image", tooltip="The findings as an image."),
                 io.Boolean.Output(id="ok", display_name="ok", tooltip="Whether the file is free of errors."),
             ],
@@ -89,7 +89,7 @@ class StochasticFP8Inspect(io.ComfyNode):
 def _repair(kind: str, path: Path, inspection: Inspection, filename_prefix: str) -> str:
     """Write the repaired copy, if there is anything to repair. Returns the text for the findings."""
     if not inspection.repairable:
-        return "There is nothing to repair."
+        return "There is nothing to repair." if inspection.ok else "None of these problems can be repaired."
     target = target_path(kind, filename_prefix)
     repaired = repair_file(path, target)
     return f"Repaired copy: {loader_name(kind, target)}\n{repaired.summary}"

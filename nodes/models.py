@@ -23,7 +23,7 @@ from ..kernels.state_dict.layouts import HEADER_ENTRY, LAYOUTS
 from ..kernels.state_dict.load import native_tensors
 from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
 from .carried import Rebinder, StillBound
-from .networks import FLOAT8, ModelError, Network, bypass_managers
+from .networks import FLOAT8, ModelError, Network, bypass_managers, plain_settings
 
 log = logging.getLogger("stochastic_fp8")
 
@@ -75,12 +75,12 @@ def load_quantized_model(source, state: ScaledStateDict, attachment: dict):
     """
     tensors = native_tensors(state) | sampling_keys(source)
     metadata = state.metadata | LAYOUTS["native"].metadata(state.layers)
-    result = _load_diffusion_model(tensors, {"dtype": _compute_dtype(source)}, metadata)
+    try:
+        result = _load_diffusion_model(tensors, {"dtype": _compute_dtype(source)}, metadata)
+    except (RuntimeError, KeyError) as error:  # models that need weights beside their diffusion model
+        raise _not_loaded(source, f"cannot load ({str(error).splitlines()[0]})") from error
     if result is None:
-        raise ModelError(
-            f"ComfyUI {COMFYUI_VERSION} does not recognise the weights of this {type(source.model).__name__}: "
-            "quantize its file with Stochastic FP8 Quantize File instead"
-        )
+        raise _not_loaded(source, "does not recognise")
     _carry_over(source, result, attachment)
     _check_same_model(source, result, state, tensors)
     if getattr(result, "is_dynamic", bool)():
@@ -88,12 +88,19 @@ def load_quantized_model(source, state: ScaledStateDict, attachment: dict):
     return result
 
 
+def _not_loaded(source, what: str) -> ModelError:
+    return ModelError(
+        f"ComfyUI {COMFYUI_VERSION} {what} the quantized weights of this {type(source.model).__name__}: quantize its "
+        "file with Stochastic FP8 Quantize File instead"
+    )
+
+
 def _check_same_model(source, result, state: ScaledStateDict, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises ModelError unless the loader made the same kind of model, with every weight that it was given."""
     model, name = result.model, type(source.model).__name__
     if type(model) is not type(source.model):
         fault = f"as another model, {type(model).__name__}"
-    elif model.model_config.unet_config != source.model.model_config.unet_config:
+    elif plain_settings(model.model_config) != plain_settings(source.model.model_config):
         fault = "with other settings"
     elif model.model_type != source.model.model_type and "model_sampling" not in result.object_patches:
         fault = f"with another kind of sampling, {model.model_type.name}"
@@ -141,9 +148,9 @@ def sampling_keys(model) -> dict[str, torch.Tensor]:
             for bound in ("sigma_max", "sigma_min"):
                 keys[f"edm_vpred.{bound}"] = torch.as_tensor(getattr(sampling, bound)).float()
         elif model.model.model_type.name == "V_PREDICTION":
-            keys["v_pred"] = torch.tensor([])
+            keys["v_pred"] = torch.tensor([], dtype=torch.float32)
             if getattr(sampling, "zsnr", False):
-                keys["ztsnr"] = torch.tensor([])
+                keys["ztsnr"] = torch.tensor([], dtype=torch.float32)
     return keys
 
 

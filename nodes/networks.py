@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 
 import comfy.lora
+import comfy.model_detection
 import comfy.model_management
 import comfy.ops
 import comfy.utils
@@ -32,15 +33,8 @@ from .devices import make_room
 
 FLOAT8 = {float8.dtype for float8 in FORMATS.values()}
 
-_RENAMED_NORMS = {"flux", "flux2", "chroma", "chroma_radiance", "hunyuan_video", "hunyuan3d2"}
-"""Image models whose RMSNorm tensors are published as `scale`, which newer versions call `weight` in the module."""
-
 _DTYPE_MARKERS = {"encoder.final_layer_norm.weight", "model.norm.weight"}
 """The loaders of text encoders read the dtype of all other tensors off these: never narrowed."""
-
-_CONFIG_IN_METADATA = ("ltxv", "ltxav")
-"""Image models whose loader reads settings from the `config` entry, because the shapes of the weights do not tell."""
-
 
 SAMPLES = 16
 """Values per tensor that are compared with what the loader was given."""
@@ -82,14 +76,18 @@ class Network:
         """The tensors that a LoRA or another patch changes, LoRAs in bypass mode included."""
         return [name for name in self._names if self._patches(name)]
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, str]:
-        """The `config` entry, for the families whose loader needs it."""
-        config = self._config.unet_config if self._config and self.kind == DIFFUSION else {}
-        if config.get("image_model") not in _CONFIG_IN_METADATA:
+        """The `config` entry, where ComfyUI's loader would choose another class or other settings without it."""
+        config = self._config
+        if config is None or self.kind != DIFFUSION:
             return {}
-        plain = {name: value for name, value in config.items() if isinstance(value, (str, int, float, bool, list))}
-        return {"config": json.dumps({"transformer": plain}, sort_keys=True)}
+        tensors = {name: self.tensor(name) for name in self._names}
+        detected = comfy.model_detection.model_config_from_unet(tensors, "")
+        if type(detected) is type(config) and plain_settings(detected) == plain_settings(config):
+            return {}
+        settings = plain_settings(config) | plain_settings(type(config))
+        return {"config": json.dumps({"transformer": settings}, sort_keys=True)}
 
     @property
     def notes(self) -> list[str]:
@@ -113,10 +111,11 @@ class Network:
                     "Diffusion Model instead"
                 )
             if weight.dtype in FLOAT8:
+                flag = "--fp8_e4m3fn-text-enc" if self.kind == TEXT_ENCODER else "--fp8_e4m3fn-unet"
                 raise ModelError(
                     f"the weights of {self.name} are already FP8 without a scale (e.g. '{name}'), and what that lost "
-                    "cannot be recovered: set weight_dtype to default in Load Diffusion Model, and start from the "
-                    "16-bit file"
+                    "cannot be recovered: set weight_dtype to default in Load Diffusion Model, start ComfyUI without "
+                    f"{flag} and similar options, and start from the 16-bit file"
                 )
 
     def entry(self, name: str) -> TensorEntry:
@@ -258,12 +257,28 @@ class Network:
                 yield self._published_name(name), name
 
     def _published_name(self, name: str) -> str:
+        """The `weight` of an RMSNorm is `scale` in the files of some families; newer versions rename it on loading."""
         owner, _, ending = name.rpartition(".")
-        image_model = self._config.unet_config.get("image_model") if self._config else None
-        if ending != "weight" or image_model not in _RENAMED_NORMS:
+        if ending != "weight" or "RMSNorm" not in type(comfy.utils.get_attr(self.module, owner)).__name__:
             return name
-        is_norm = "RMSNorm" in type(comfy.utils.get_attr(self.module, owner)).__name__
-        return f"{owner}.scale" if is_norm else name
+        published = f"{owner}.scale"
+        return published if self._loaded_name(published) == name else name
+
+    def _loaded_name(self, published: str) -> str:
+        """What the loader of this family makes of the name of a tensor."""
+        if self._config is None or self.kind != DIFFUSION:
+            return published
+        try:
+            (name,) = self._config.process_unet_state_dict({published: None})
+        except (
+            StopIteration,
+            KeyError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ):  # it wants to see the other tensors too
+            return published
+        return name
 
     def _scaled(self, name: str) -> ScaledWeight | None:
         """A weight in FP8 with one scale."""
@@ -311,6 +326,11 @@ class Network:
         if layers:
             return bool(layers.get(name.removesuffix(".weight"), {}).get(FULL_PRECISION, False))
         return not (self._config and self._config.optimizations.get("fp8", False))
+
+
+def plain_settings(config) -> dict:
+    """The settings in a model configuration's `unet_config` that JSON can hold: not the dtype."""
+    return {key: value for key, value in config.unet_config.items() if isinstance(value, (str, int, float, bool, list))}
 
 
 def bypass_managers(injections: Iterable) -> Iterator:

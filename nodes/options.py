@@ -13,8 +13,12 @@ from ..kernels import ROUNDINGS, Recipe
 from ..kernels.calibration.moments import Calibration
 from ..kernels.choices import choose
 from ..kernels.errors import PatternError
+from ..kernels.numerics.formats import FORMATS
 from ..kernels.numerics.rounding import CALIBRATED
-from ..kernels.recipe import FORMATS, LAYERS, LAYOUTS, MATMULS, NONFINITE, SCALINGS
+from ..kernels.numerics.scaling import SCALINGS
+from ..kernels.recipe import MATMULS, NONFINITE
+from ..kernels.selection.selection import LAYERS
+from ..kernels.state_dict.layouts import LAYOUTS
 from .devices import devices
 from .schema import FP8Calibration, FP8Report, newer
 

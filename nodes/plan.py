@@ -75,10 +75,10 @@ def _row(tensors: Iterable[LayerReport | KeptTensor], nbytes: int) -> dict:
     names: dict[str, list[str]] = defaultdict(list)
     for tensor in tensors:
         names[_over_blocks(tensor.key)].append(tensor.key)
-    rows = [{"name": keys[0] if len(keys) == 1 else name, "count": len(keys)} for name, keys in names.items()]
-    rows.sort(key=lambda row: -row["count"])
+    by_count = sorted(names.items(), key=lambda item: -len(item[1]))
+    rows = [{"name": keys[0] if len(keys) == 1 else name, "count": len(keys)} for name, keys in by_count]
     return {
-        "count": sum(row["count"] for row in rows),
+        "count": sum(len(keys) for keys in names.values()),
         "bytes": nbytes,
         "names": rows[:NAMES],
         "more": len(rows[NAMES:]),

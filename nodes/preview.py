@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..kernels import LayerReport, Report
+from ..kernels.choices import choose
 from ..kernels.figures import error_histogram, layer_report
 from ..kernels.report import table as report_table
 from ..kernels.selection.patterns import Pattern, PatternSet, check_length
@@ -109,7 +110,7 @@ class StochasticFP8ErrorHistogram(io.ComfyNode):
 
     @classmethod
     def execute(cls, report, layers, pattern="", count=5, width=1024, height=480):
-        picked = PICKS[layers](report, pattern)[:count] if report.layers else []
+        picked = choose(PICKS, layers, "layers")(report, pattern)[:count] if report.layers else []
         if not picked:
             raise ValueError(f"no layer of {report.source} was quantized: there is nothing to show")
         progress = JobProgress()

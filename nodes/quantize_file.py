@@ -8,13 +8,13 @@ from pathlib import Path
 
 import comfy.model_management
 from comfy_api.latest import io, ui
+from comfyui_version import __version__ as COMFYUI_VERSION
 
 from ..kernels.engine.file_job import quantize_file
 from ..kernels.files.reader import open_source
 from ..kernels.numerics.rounding import METHODS
 from .devices import compute_device, make_room
 from .files import (
-    COMFYUI_VERSION,
     OUTPUT_FOLDERS,
     check_entries,
     find_source,

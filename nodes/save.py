@@ -7,18 +7,18 @@ import logging
 from pathlib import Path
 
 from comfy_api.latest import io, ui
+from comfyui_version import __version__ as COMFYUI_VERSION
 
 from ..kernels.choices import choose
 from ..kernels.engine.quantization import RECIPE_ENTRY
 from ..kernels.errors import CheckpointError
-from ..kernels.recipe import LAYOUTS
 from ..kernels.selection.presets import Components
 from ..kernels.state_dict.compatibility import EXACT, check_usable, layout_verdicts, verdict_of
+from ..kernels.state_dict.layouts import LAYOUTS
 from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
 from ..kernels.state_dict.write import write_state_dict
 from . import models
 from .files import (
-    COMFYUI_VERSION,
     OUTPUT_FOLDERS,
     check_entries,
     check_prefix,

@@ -1,4 +1,4 @@
-"""Made-up quantization reports for the tests of figures and tables: real statistics of small tensors."""
+"""Quantization reports of small random tensors, for the tests of figures and tables."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from tiny_models import LANDSCAPES
 
 
 def heavy_tailed(seed, *shape):
-    """Student-t numbers with 4 degrees of freedom, bf16: most are small, some are outliers."""
+    """Student-t numbers with 4 degrees of freedom in bf16: mostly small, with outliers."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(*shape, generator=generator)
     chi_square = torch.randn(4, *shape, generator=generator).square().sum(0)
@@ -31,13 +31,13 @@ def quantized_layer(key, weight, **recipe):
 
 
 def report_on(weights, source="made_up.safetensors", kept=(), **recipe):
-    """The report on quantizing some weights (tensor key -> tensor) with a recipe's format, rounding, scaling, seed."""
+    """The report on quantizing weights (tensor key -> tensor). recipe: format, rounding, scaling, seed."""
     layers = tuple(quantized_layer(key, weight, **recipe) for key, weight in weights.items())
     return Report(source, "unknown", Recipe(**recipe), layers, tuple(kept))
 
 
 def small_report(**recipe):
-    """Four heavy-tailed layers of different kinds, and a tensor that is kept."""
+    """Four heavy-tailed layers of different kinds, and a kept tensor."""
     names = ("attn.qkv", "mlp.fc1", "adaLN_modulation.1", "linear")
     weights = {f"blocks.{i}.{name}.weight": heavy_tailed(i, 64, 32) for i, name in enumerate(names)}
     kept = (KeptTensor("norm.weight", (32,), "bfloat16", 64, Reason(NOT_LINEAR)),)
@@ -45,13 +45,13 @@ def small_report(**recipe):
 
 
 def repeated(report, n):
-    """A report of n layers, made of copies of the given report's."""
+    """A report of n layers: the given report's, over and over under new names."""
     layers = (report.layers[i % len(report.layers)] for i in range(n))
     return replace(report, layers=tuple(replace(layer, key=f"deep.{i}.{layer.key}") for i, layer in enumerate(layers)))
 
 
 def landscapes(**recipe):
-    """The report on the trained landscape model, every Linear layer quantized, and its weights."""
+    """The report on the demo model with every Linear layer quantized, and these weights."""
     tensors = load_file(LANDSCAPES)
     linear = {key: value for key, value in tensors.items() if value.ndim == 2 and key.endswith(".weight")}
     kept = [

@@ -2,78 +2,190 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
-from functools import partial
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import CheckpointError, file_error
-from ..files.header import TensorInfo
-from ..files.reader import open_source
-from ..files.writer import writing
-from ..numerics.scaling import tensor_to_amax
-from .moments import Calibration, LayerCalibration, moment_size
+from ..files.header import TensorInfo, without_duplicates
+from ..files.reader import Source, open_source
+from ..files.writer import check_target, writing
+from .moments import LARGEST_INPUT, Calibration, LayerCalibration, check_moment, moment_size
 
 MOST_INPUTS = 1 << 20
 """Width of the widest layer. A file with a wider one is damaged."""
+MOST_ROWS = 1 << 53
+"""Rows of recorded inputs. A file with more is damaged: the recorder would need centuries."""
+MOST_VALUES = 16
+"""JSON values per layer. Metadata with more is damaged; it could take gigabytes of memory."""
 
 METADATA_ENTRY = "stochastic_fp8_calibration"
-FILE_VERSION = 1
+FILE_VERSION = 2
+"""Version 1 has no digests. A reader ignores entries of a layer that it does not know."""
+
+DIGEST_BYTES = 8
+"""Length of a BLAKE2b digest. In the file it is hexadecimal."""
 
 
 def save_calibration(calibration: Calibration, target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a calibration to a .safetensors file, atomically. Raises CheckpointError: the file cannot be written."""
+    """Write a calibration to a .safetensors file, atomically.
+
+    Each moment is read twice: the header, which is written first, holds its digest.
+
+    Raises CheckpointError: the file cannot be written, or would be refused when it is loaded.
+    """
+    check_target(Path(target), overwrite)
     layers = calibration.layers
     infos = {key: TensorInfo("float32", (moment_size(layer.width),)) for key, layer in layers.items()}
-    entries = {key: {"width": layer.width, "rows": layer.rows, "amax": layer.amax} for key, layer in layers.items()}
-    text = json.dumps({"version": FILE_VERSION, "source": calibration.source, "layers": entries})
+    entries = {key: _entry(target, key, layer) for key, layer in layers.items()}
+    stated = {"version": FILE_VERSION, "source": calibration.source, "layers": entries}
+    text = json.dumps(stated | {"digest": _digest(stated)})
     with writing(target, infos, {METADATA_ENTRY: text}, overwrite=overwrite) as writer:
         for key in writer.order:
             writer.write(key, layers[key].read_moment().cpu())
 
 
 def load_calibration(path: str | os.PathLike[str]) -> Calibration:
-    """Open a calibration file. The moment of a layer is read when it is needed.
+    """Open a calibration file. The moment of a layer is read and checked when it is needed.
+
+    Reading a moment raises CheckpointError if it is damaged, or if the file has been changed or replaced since then.
 
     Raises CheckpointError: not a safetensors file, no calibration in it, or a damaged one.
     """
     with open_source(path) as source:
+        file = _OpenCalibration(path, _identity(source))
         if METADATA_ENTRY not in source.metadata:
             raise file_error(path, "does not hold an FP8 calibration; give a file written by Save FP8 Calibration")
         try:
-            stated = json.loads(source.metadata[METADATA_ENTRY])
-            if stated["version"] != FILE_VERSION:
-                raise file_error(
-                    path, f"is a calibration of version {stated['version']}; known: {FILE_VERSION}. Update the pack"
-                )
+            stated = _parse(source.metadata[METADATA_ENTRY], len(source.tensors))
+            version = stated["version"]
+            if type(version) is not int or version < 1:
+                raise ValueError(f"its version is {reprlib.repr(version)}")
+            if version > FILE_VERSION:
+                known = f"known: 1 to {FILE_VERSION}. Update the pack"
+                raise file_error(path, f"is a calibration of version {reprlib.repr(version)}; {known}")
+            if version > 1 and stated.pop("digest") != _digest(stated):
+                raise ValueError("its metadata differs from the digest")
             if stated["layers"].keys() != source.tensors.keys():
                 raise ValueError("its metadata and its tensors name different layers")
             layers = {
-                key: _stored_layer(path, key, source.tensors[key], **stated["layers"][key]) for key in source.tensors
+                key: _stored_layer(file, key, source.tensors[key], stated["layers"][key], digests=version > 1)
+                for key in source.tensors
             }
             return Calibration(layers, str(stated["source"]))
         except CheckpointError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except KeyError as error:
+            raise file_error(path, f"is a damaged calibration: it lacks the entry {error}; calibrate again") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise file_error(path, f"is a damaged calibration: {error}; calibrate again") from error
 
 
-def _stored_layer(
-    path: str | os.PathLike[str], key: str, info: TensorInfo, width: int, rows: int, amax: float
-) -> LayerCalibration:
-    positive = type(width) is int and type(rows) is int and 0 < width <= MOST_INPUTS and rows > 0
-    if not positive or not isinstance(amax, float) or not 0 <= amax < math.inf:
-        raise ValueError(f"layer {key!r} has width {width!r}, rows {rows!r} and amax {amax!r}")
+@dataclass(frozen=True)
+class _OpenCalibration:
+    """A calibration file that was loaded, whose moments are read later."""
+
+    path: str | os.PathLike[str]
+    identity: object
+    """_identity when it was loaded."""
+
+    def read(self, key: str, numbers: tuple[int, int, float], digest: str | None) -> torch.Tensor:
+        """The packed moment of a layer, checked. numbers: width, rows and amax. digest: None for version 1."""
+        with open_source(self.path) as source:
+            if _identity(source) != self.identity:
+                raise self._changed()
+            moment = source.read(key)
+            if _identity(source) != self.identity:
+                raise self._changed()
+        try:
+            if digest is not None and digest != _digest([key, *numbers], moment):
+                raise ValueError("damaged bytes, which differ from the digest,")
+            check_moment(moment, *numbers)
+        except ValueError as error:
+            raise file_error(self.path, f"holds {error} for layer {key!r}; calibrate again") from error
+        return moment
+
+    def _changed(self) -> CheckpointError:
+        return file_error(self.path, "was changed or replaced after it was loaded; load it again")
+
+
+def _identity(source: Source) -> object:
+    """What changes if a file is written again: the size and time of each file at the path, and the metadata."""
+    try:
+        stats = [os.stat(file.path) for file in source.files]
+    except OSError as error:
+        raise file_error(source.path, f"cannot be read: {error.strerror or error}") from error
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats], _digest(source.metadata)
+
+
+def _entry(target: str | os.PathLike[str], key: str, layer: LayerCalibration) -> dict[str, object]:
+    """What the metadata says about a layer. Raises CheckpointError for what load_calibration would refuse."""
+    width, rows, amax = layer.width, layer.rows, layer.amax
+    moment = layer.read_moment().cpu()
+    try:
+        _check_numbers(key, width, rows, amax)
+    except ValueError as error:
+        raise file_error(target, f"cannot be written: {error}; calibrate again") from error
+    try:
+        check_moment(moment, width, rows, amax)
+    except ValueError as error:
+        raise file_error(
+            target, f"cannot be written: the moment of layer {key!r} holds {error}; calibrate again"
+        ) from error
+    digest = _digest([key, width, rows, amax], moment)
+    return {**layer.further, "width": width, "rows": rows, "amax": amax, "digest": digest}
+
+
+def _stored_layer(file: _OpenCalibration, key: str, info: TensorInfo, entry: object, digests: bool) -> LayerCalibration:
+    if not isinstance(entry, dict):
+        raise ValueError(f"the entry of layer {key!r} is not an object")
+    further = dict(entry)
+    width, rows, amax = (further.pop(name) for name in ("width", "rows", "amax"))
+    digest = further.pop("digest") if digests else None
+    width, rows, amax = numbers = _check_numbers(key, width, rows, amax)
+    if digests and not isinstance(digest, str):
+        raise ValueError(f"layer {key!r} has the digest {reprlib.repr(digest)}")
     if TensorInfo(info.dtype, info.shape) != TensorInfo("float32", (moment_size(width),)):
         raise ValueError(f"layer {key!r} of width {width} has {info.dtype} {info.shape}")
-    return LayerCalibration(width, rows, amax, partial(_read_moment, path, key))
+    return LayerCalibration(width, rows, amax, lambda: file.read(key, numbers, digest), further)
 
 
-def _read_moment(path: str | os.PathLike[str], key: str) -> torch.Tensor:
-    with open_source(path) as source:
-        moment = source.read(key)
-    if not math.isfinite(tensor_to_amax(moment)):
-        raise file_error(path, f"holds NaN or infinite values for layer {key!r}; calibrate again")
-    return moment
+def _check_numbers(key: str, width: object, rows: object, amax: object) -> tuple[int, int, float]:
+    """Raises ValueError, which names the layer, if no calibration can have these numbers."""
+    if (
+        isinstance(width, int)
+        and isinstance(rows, int)
+        and isinstance(amax, float)
+        and not {type(width), type(rows)} & {bool}
+        and 0 < width <= MOST_INPUTS
+        and 0 < rows <= MOST_ROWS
+        and 0 <= amax <= LARGEST_INPUT
+    ):
+        return width, rows, amax
+    texts = [reprlib.repr(number) for number in (width, rows, amax)]
+    raise ValueError("layer {!r} has width {}, rows {} and amax {}".format(key, *texts))
+
+
+def _parse(text: str, layers: int) -> dict[str, Any]:
+    """The JSON of the metadata entry. Raises ValueError, also if it holds far more values than the layers need."""
+    if sum(map(text.count, ",[{")) > MOST_VALUES * (layers + MOST_VALUES):
+        raise ValueError(f"its metadata holds more than {MOST_VALUES} values per layer")
+    stated = json.loads(text, object_pairs_hook=without_duplicates)
+    if not isinstance(stated, dict):
+        raise ValueError("its metadata is not an object")
+    return stated
+
+
+def _digest(stated: object, tensor: torch.Tensor | None = None) -> str:
+    """BLAKE2b of JSON data, with sorted keys and without spaces, followed by the bytes of a tensor on the CPU."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    digest.update(json.dumps(stated, sort_keys=True, separators=(",", ":")).encode())
+    if tensor is not None:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

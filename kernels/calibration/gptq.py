@@ -15,16 +15,19 @@ from functools import cached_property
 import torch
 
 from ..errors import CalibrationError
+from ..numerics.autocast import without_autocast
 from ..numerics.formats import Float8Format
-from ..numerics.output_error import OutputError
+from ..numerics.output_error import CONTRADICTORY, WEIGHT_ERROR, OutputError, unit_of
 from ..numerics.scaling import SMALLEST_SCALE
-from .autocast import without_autocast
 from .moments import LayerCalibration
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean, because recorded inputs are only a sample."""
 TRUSTED_ROWS = 3000
 """Rows of recorded inputs. With fewer rows, the damping grows in proportion."""
+
+INDEFINITE = 1e-3
+"""How negative a variance may become, as a share of the largest. Rounding errors of the moment stay far below."""
 
 PANEL = 128
 """Inputs whose effect on all others is computed in one matrix product."""
@@ -35,6 +38,10 @@ CHUNK_ELEMENTS = 1 << 26
 
 MEASURED_OUTPUTS = 1024
 """Outputs, evenly spaced, from which the error is predicted. All of them would take a third of the total time."""
+
+LARGEST_WEIGHT_ERROR = 10
+"""Squared error of the weight over that of rounding to nearest: 10 dB of SQNR. Codes further away than that rely on the
+recorded inputs too much."""
 
 SCALE_CANDIDATES = tuple(2 ** (i / 4) for i in range(-4, 4))
 """Multiples of the scale that are tried."""
@@ -54,32 +61,43 @@ def gptq_round(
     """Codes (float8, in the weight's shape), scale and predicted output error of a weight.
 
     weight: float (out, in), finite. scale: fp32 0-dim, the scale for rounding to nearest; the result has the same scale
-    unless `search_scale` finds a better one. descents: passes of coordinate descent. If nearest is no worse, its codes
-    and scale are returned. The bytes are the same on one device and version of torch, whatever torch's default dtype
-    and autocast are. Raises CalibrationError if the weight does not have the calibration's width.
+    unless `search_scale` finds a better one. descents: passes of coordinate descent. The codes are finite. They and the
+    scale are those of nearest if nearest is no worse, or for a reason in OutputError.fallback. The bytes are the same
+    on one device and version of torch, whatever torch's default dtype and autocast are. Raises CalibrationError if the
+    weight does not have the calibration's width.
     """
     if weight.ndim != 2 or weight.shape[1] != calibration.width:
         raise CalibrationError(
             f"a weight of shape {tuple(weight.shape)} does not fit a calibration of {calibration.width} inputs"
         )
     with without_autocast(weight.device):
-        layer = _Layer(calibration, weight.device)
-        chosen = _search_scale(layer, weight, scale, float8) if search_scale else scale
+        layer, unit = _Layer(calibration, weight.device), unit_of(weight)
+        chosen = _search_scale(layer, weight, scale, float8, unit) if search_scale else scale
         codes, nearest = torch.empty_like(weight, dtype=float8.dtype), torch.empty_like(weight, dtype=float8.dtype)
-        output = error = nearest_error = 0.0
+        output = error = nearest_error = weight_error = nearest_weight_error = 0.0
         step = max(1, CHUNK_ELEMENTS // weight.shape[1])
         sample = slice(None, None, -(-len(weight) // MEASURED_OUTPUTS))
         for part in (slice(start, start + step) for start in range(0, len(weight), step)):
             columns = layer.permute(weight[part])
             rounded = _round(layer, columns / chosen, float8, descents)
             plain = _to_nearest(columns / scale, float8)
-            output += layer.energy(columns[..., sample]).sum().item()
-            error += layer.energy((rounded.float() * chosen - columns)[..., sample]).sum().item()
-            nearest_error += layer.energy((plain.float() * scale - columns)[..., sample]).sum().item()
+            output += layer.energy(columns[..., sample] * unit).sum().item()
+            change = (rounded.float() * chosen - columns).mul_(unit)
+            error += layer.energy(change[..., sample]).sum().item()
+            weight_error += change.square_().sum(dtype=torch.float64).item()
+            change = (plain.float() * scale - columns).mul_(unit)
+            nearest_error += layer.energy(change[..., sample]).sum().item()
+            nearest_weight_error += change.square_().sum(dtype=torch.float64).item()
             codes[part], nearest[part] = layer.restore(rounded), layer.restore(plain)
-    if nearest_error <= error:
+    fallback = ""
+    if layer.contradictory:
+        fallback = CONTRADICTORY
+    elif error < nearest_error and not weight_error <= LARGEST_WEIGHT_ERROR * nearest_weight_error:
+        fallback = WEIGHT_ERROR
+    if fallback or not error < nearest_error:  # also if an error is NaN
         codes, chosen, error = nearest, scale, nearest_error
-    return codes, chosen, OutputError(calibration.rows, _relative(nearest_error, output), _relative(error, output))
+    rows = calibration.rows
+    return codes, chosen, OutputError(rows, _relative(nearest_error, output), _relative(error, output), fallback)
 
 
 def damping_share(rows: int) -> float:
@@ -95,6 +113,13 @@ class _Layer:
         mean = moment.diagonal(dim1=1, dim2=2).mean(1)
         self.damping = (damping_share(calibration.rows) * mean).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         self.order, factor = _pivoted_cholesky(moment, self.damping)
+        lowest = factor.diagonal(dim1=1, dim2=2).amin(1, keepdim=True) * self.damping.sqrt()
+        largest = moment.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+        self.contradictory = not bool((lowest >= -self.damping - INDEFINITE * largest).all())
+        """Whether no inputs have this second moment: the variance of one, given others, is negative or NaN."""
+        if self.contradictory:
+            self.order = torch.arange(moment.shape[1], device=device).expand_as(self.order)
+            factor = torch.eye(moment.shape[1], dtype=torch.float32, device=device).expand_as(moment)
         self.inverse_order = self.order.argsort(dim=1)
         self.moment = torch.stack([h[order][:, order] for h, order in zip(moment, self.order, strict=True)])
         self.feedback = factor / factor.diagonal(dim1=1, dim2=2)[:, None]
@@ -136,7 +161,8 @@ def _pivoted_cholesky(moment: torch.Tensor, damping: torch.Tensor) -> tuple[torc
     Quantization, 2025).
 
     moment: fp32 (blocks, side, side). damping: (blocks, 1). order: int64 (blocks, side). fp32 is enough: no pivot is
-    smaller than the damping, which is far above the rounding errors.
+    smaller than the damping, which is far above the rounding errors. If no
+    inputs have this moment, a pivot is negative, and R's diagonal has pivot / √damping there; R is NaN if it overflows.
     """
     matrix = moment + torch.diag_embed(damping.expand(-1, moment.shape[1]))
     blocks, side, _ = matrix.shape
@@ -156,6 +182,8 @@ def _pivoted_cholesky(moment: torch.Tensor, damping: torch.Tensor) -> tuple[torc
             pivots[block, row] = torch.inf
             order[:, start + i] = inputs[block, row]
         factor[:, :, start:stop].scatter_(1, inputs[:, :, None].expand_as(panel), panel)
+        if not bool((pivots.isfinite().sum(1) == side - stop).all()):  # NaN or overflow
+            return order, factor.fill_(torch.nan)
         if (side - stop) < SHRINK_BELOW * inputs.shape[1]:
             rest = pivots.isfinite()
             matrix = torch.stack([m[kept][:, kept] for m, kept in zip(matrix, rest, strict=True)])
@@ -205,10 +233,13 @@ def _sweep(
     return codes
 
 
-def _search_scale(layer: _Layer, weight: torch.Tensor, scale: torch.Tensor, float8: Float8Format) -> torch.Tensor:
+def _search_scale(
+    layer: _Layer, weight: torch.Tensor, scale: torch.Tensor, float8: Float8Format, unit: float
+) -> torch.Tensor:
     """The candidate scale with the smallest predicted output error on a sample of outputs.
 
-    The sample is evenly spaced over the outputs sorted by amax. It contains the largest, which saturates first.
+    The sample is evenly spaced over the outputs sorted by amax. It contains the largest, which saturates first. unit:
+    unit_of(weight).
     """
     by_amax = weight.abs().amax(1).argsort(descending=True, stable=True)
     sample = layer.permute(weight[by_amax[:: -(-len(by_amax) // SCALE_SAMPLE)]])
@@ -217,7 +248,7 @@ def _search_scale(layer: _Layer, weight: torch.Tensor, scale: torch.Tensor, floa
     columns = sample.repeat(1, 1, len(candidates))
     scales = candidates.repeat_interleave(sample.shape[2])
     rounded = _round(layer, columns / scales, float8, descents=0)
-    errors = layer.energy(rounded.float() * scales - columns).view(len(candidates), -1)
+    errors = layer.energy((rounded.float() * scales - columns) * unit).view(len(candidates), -1)
     return candidates[errors.sum(1).argmin()]
 
 
@@ -227,4 +258,4 @@ def _to_nearest(scaled: torch.Tensor, float8: Float8Format) -> torch.Tensor:
 
 
 def _relative(error: float, output: float) -> float:
-    return math.sqrt(error / output) if output > 0 else 0.0
+    return math.sqrt(error / output) if output > 0 and math.isfinite(error) else 0.0

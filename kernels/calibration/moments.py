@@ -14,12 +14,22 @@ from functools import cache
 import torch
 
 from ..errors import CalibrationError
+from ..numerics.scaling import tensor_to_amax
 
 WIDEST_BLOCK = 3072
 """Inputs. The moment of a wider layer is kept as equal blocks on its diagonal: 11 GB for Flux in place of 28 GB."""
 
 TILE = 256
 """Rows of a band. The moment is symmetric: each band is stored from its first column on the diagonal to the right."""
+
+LARGEST_INPUT = 1e15
+"""Magnitude of the largest input. The moment of 10^8 rows of such inputs still fits into fp32."""
+
+MOMENT_TOLERANCE = 0.01
+"""Relative rounding error that a recorded moment may have: fp32 sums over many calls, on some GPUs of TF32 products."""
+
+SMALLEST_PRODUCT = 2.0**-126
+"""The smallest normal fp32 number. Smaller products of two inputs may be recorded as 0."""
 
 
 def block_count(width: int) -> int:
@@ -46,6 +56,8 @@ class LayerCalibration:
     """Largest magnitude of the inputs."""
     read_moment: Callable[[], torch.Tensor] = field(repr=False)
     """Returns the packed moment: fp32 (moment_size(width),), a sum over the rows."""
+    further: Mapping[str, object] = field(default_factory=dict)
+    """Entries of a calibration file that this version does not know, as JSON data. A sum of calibrations has none."""
 
     def moment(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The mean of x xᵀ over the rows, fp32 (blocks, side, side) with blocks * side = width, on `device`."""
@@ -110,3 +122,26 @@ def bands(packed: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]
         size = math.prod(shape)
         yield start, packed[at : at + size].view(shape)
         at, start = at + size, start + shape[1]
+
+
+def check_moment(packed: torch.Tensor, width: int, rows: int, amax: float) -> None:
+    """Check that inputs with this second moment can exist: `rows` rows of `width` inputs, none larger than `amax`.
+
+    packed: fp32 (moment_size(width),), on any device. The entries must be finite, those on the diagonal between 0 and
+    rows * amax², and all others at most the geometric mean of their two diagonal entries, each within
+    MOMENT_TOLERANCE. Raises ValueError, which says what the moment holds.
+    """
+    if not math.isfinite(tensor_to_amax(packed)):
+        raise ValueError("NaN or infinite values")
+    diagonals = [band[:, :, : band.shape[1]].diagonal(dim1=1, dim2=2) for _, band in bands(packed, width)]
+    squares = torch.cat(diagonals, dim=1).double()
+    if bool((squares < 0).any()):
+        raise ValueError("a negative sum of squares")
+    underflow = rows * SMALLEST_PRODUCT
+    if bool((squares > (1 + MOMENT_TOLERANCE) * rows * amax**2 + underflow).any()):
+        raise ValueError("a sum of squares that is too large for its amax")
+    largest = ((1 + MOMENT_TOLERANCE) * squares + underflow).sqrt().float()
+    for start, band in bands(packed, width):
+        rows_here = largest[:, start : start + band.shape[1], None]
+        if bool((band.abs() > rows_here * largest[:, None, start:]).any()):
+            raise ValueError("a sum of products that is too large for its sums of squares")

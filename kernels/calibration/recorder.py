@@ -7,9 +7,9 @@ import math
 import torch
 
 from ..errors import ActivationError
+from ..numerics.autocast import without_autocast
 from ..numerics.scaling import tensor_to_amax
-from .autocast import without_autocast
-from .moments import Calibration, LayerCalibration, bands, block_count, moment_size
+from .moments import LARGEST_INPUT, Calibration, LayerCalibration, bands, block_count, moment_size
 
 GOLDEN_SECTION = (5**0.5 - 1) / 2
 """The fractional parts of its multiples are evenly spread over 0..1, for any number of them."""
@@ -28,7 +28,7 @@ class ActivationRecorder:
     def observe(self, key: str, x: torch.Tensor) -> None:
         """Add one call's inputs: x (..., width), float of any width, on any device.
 
-        Raises ActivationError for NaN or infinite values.
+        Raises ActivationError for NaN or infinite values, and for values above LARGEST_INPUT.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         if not rows.shape[0]:
@@ -39,6 +39,11 @@ class ActivationRecorder:
             raise ActivationError(
                 f"the inputs of layer '{key.removesuffix('.weight')}' hold {nan} NaN and {inf} infinite values: the "
                 f"model does not work with these settings or in this precision; change them, then calibrate again"
+            )
+        if amax > LARGEST_INPUT:
+            raise ActivationError(
+                f"the inputs of layer '{key.removesuffix('.weight')}' reach {amax:.3g}, more than {LARGEST_INPUT:.0e}: "
+                f"the model does not work with these settings or in this precision; change them, then calibrate again"
             )
         if key not in self._sums:
             self._sums[key] = _RunningSums(rows.shape[1], self.device)

@@ -117,7 +117,7 @@ def _quantize_parser() -> argparse.ArgumentParser:
 def _inspect_parser() -> argparse.ArgumentParser:
     parser = _parser("inspect FILE [option ...]", "Check a scaled FP8 file for every known problem.")
     parser.add_argument("source", metavar="FILE", help="the .safetensors file to check")
-    parser.add_argument("--deep", action="store_true", help="also read all FP8 codes, to find NaN")
+    parser.add_argument("--deep", action="store_true", help="also read all weights, to find NaN")
     parser.add_argument(
         "--repair", metavar="OUT", help="write a repaired copy, as far as possible without the 16-bit model"
     )

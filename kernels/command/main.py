@@ -6,16 +6,19 @@ import argparse
 import importlib
 import json
 import logging
+import math
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
+from .. import display
 from ..calibration.file import load_calibration
 from ..engine.file_job import plan_file, quantize_file, read_weights
 from ..errors import CheckpointError
@@ -32,18 +35,27 @@ CANCELLED = 130
 log = logging.getLogger("stochastic_fp8")
 
 
+class OutputError(Exception):
+    """The result of a command cannot be printed."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Raises SystemExit for a wrong command line and for --help."""
+    _open_standard_streams()
     options = arguments.parse(sys.argv[1:] if argv is None else argv)
+    before = _written(options)
     with _logging(options.debug):
         try:
             return JOBS[options.command](options)
         except KeyboardInterrupt:
-            return _fail(CANCELLED, "cancelled; no file was changed")
+            if _written(options) == before:
+                return _fail(CANCELLED, "cancelled; no file was changed")
+            return _fail(CANCELLED, f"cancelled; {_complete(options)}")
         except Exception as error:  # the outermost level: any error becomes one line
             if options.debug:
-                traceback.print_exc()
-            return _fail(*_diagnose(error))
+                _print_aside(traceback.format_exc())
+            code, text = _diagnose(error)
+            return _fail(code, text if _written(options) == before else f"{text}; {_complete(options)}")
 
 
 def quantize(options: argparse.Namespace) -> int:
@@ -104,20 +116,98 @@ def compare(options: argparse.Namespace) -> int:
 JOBS = {"quantize": quantize, "inspect": inspect, "compare": compare}
 
 
+def _target(options: argparse.Namespace) -> Path | None:
+    """The file that a command writes, if it writes one."""
+    target: str | None = {"quantize": "target", "inspect": "repair"}.get(options.command)
+    path = getattr(options, target) if target else None
+    return Path(path) if path else None
+
+
+def _written(options: argparse.Namespace) -> tuple[int, ...] | None:
+    """What changes when the target is replaced; None where there is no target."""
+    target = _target(options)
+    with suppress(OSError):
+        if target:
+            status = target.stat()
+            return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return None
+
+
+def _complete(options: argparse.Namespace) -> str:
+    return f"{_target(options)} was written before that and is complete"
+
+
 def _print_result(options: argparse.Namespace, text: Callable[[], str], data: dict[str, Any]) -> None:
-    sys.stdout.write((json.dumps(data, allow_nan=False, indent=1) if options.json else text()) + "\n")
+    """Print a result. Raises OutputError: stdout was closed by its reader, or its disk is full."""
+    if sys.stdout is None:  # started without a terminal: nobody reads it
+        return
+    output = _to_json(data) if options.json else display.printable_lines(text())
+    try:
+        sys.stdout.write(output + "\n")
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:  # ValueError: a stream closed by this program
+        _discard(sys.stdout)
+        raise OutputError(f"the result cannot be printed: {error}") from error
+
+
+def _to_json(data: Any) -> str:
+    try:
+        return json.dumps(data, allow_nan=False, indent=1)
+    except ValueError:
+        return json.dumps(_without_nan(data), indent=1)
+
+
+def _without_nan(data: Any) -> Any:
+    """The data with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {name: _without_nan(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_without_nan(value) for value in data]
+    return data
 
 
 def _fail(code: int, text: str) -> int:
     """Print an error in one line."""
-    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    _print_aside(f"error: {' '.join(text.split())}\n")
     return code
+
+
+def _print_aside(text: str) -> None:
+    """Print to stderr. A closed one does not end the job."""
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(display.printable_lines(text))
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is left in a broken stream nowhere, or Python fails on it at exit."""
+    with suppress(OSError, ValueError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, stream.fileno())
+        os.close(descriptor)
+
+
+def _open_standard_streams() -> None:
+    """Open the closed ones of descriptors 0 to 2: a file that got one would receive what libraries print."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
 def _diagnose(error: Exception) -> tuple[int, str]:
     """The exit code and the message of an error."""
     if isinstance(error, ModuleNotFoundError):
         return FAILED, f"the Python package {error.name} is missing: pip install {error.name}"
+    if isinstance(error, OutputError):
+        return FAILED, str(error)
     if isinstance(error, OSError):
         return FAILED, f"{error.filename or 'file system'}: {error.strerror or error}"
     if isinstance(error, CheckpointError):
@@ -127,10 +217,18 @@ def _diagnose(error: Exception) -> tuple[int, str]:
     return FAILED, f"{type(error).__name__}: {error} (--debug shows the traceback)"
 
 
+class _Printable(logging.Formatter):
+    """Messages name tensors and files, which can hold control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return display.printable_lines(super().format(record))
+
+
 @contextmanager
 def _logging(debug: bool) -> Iterator[None]:
     """The library's log on the terminal: warnings, with --debug everything."""
     handler, level = logging.StreamHandler(), log.level
+    handler.setFormatter(_Printable())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
@@ -145,17 +243,21 @@ def _progress(options: argparse.Namespace, unit: str = "B") -> Iterator[Callable
     """A progress bar with the tensor key and the speed. Disabled by --debug, whose log shows each tensor."""
     from tqdm import tqdm
 
+    silent = options.debug or sys.stderr is None
     with ExitStack() as stack:
         bar: Any = None
 
         def progress(done: int, total: int, key: str) -> None:
             nonlocal bar
-            if bar is None:  # not before the first tensor, so that an error message stands alone
-                bar = stack.enter_context(
-                    tqdm(total=total, unit=unit, unit_scale=unit == "B", disable=options.debug, leave=False)
-                )
-            bar.set_postfix_str(key, refresh=not done)
-            bar.update(done - bar.n)
+            try:
+                if bar is None:  # not before the first tensor, so that an error message stands alone
+                    bar = stack.enter_context(
+                        tqdm(total=total, unit=unit, unit_scale=unit == "B", disable=silent, leave=False)
+                    )
+                bar.set_postfix_str(display.printable(key), refresh=not done)
+                bar.update(done - bar.n)
+            except (OSError, ValueError):  # stderr was closed
+                _discard(sys.stderr)
 
         yield progress
 
@@ -173,4 +275,4 @@ def _plot(report: Report, folder: Path, options: argparse.Namespace) -> None:
     from .plots import draw
 
     for path in draw(report, folder, options.plot_max_tensors, options.plot_sample_size):
-        sys.stderr.write(f"figure: {path}\n")
+        _print_aside(f"figure: {path}\n")

@@ -23,7 +23,7 @@ WORST = 5
 def summary(report: Report, target: str, seconds: float) -> str:
     """What quantizing did: sizes, error, the worst layers, notes."""
     lines = [
-        f"{report.source} → {target} in {display.seconds(seconds)}",
+        display.printable(f"{report.source} → {target} in {display.seconds(seconds)}"),
         *_table([*_facts(report), ("error", *_describe_error(report.error)), *_output_error(report)]),
         "",
         "the layers with the lowest SQNR",
@@ -37,7 +37,7 @@ def plan(report: Report, target: str) -> str:
     """What quantizing would do: sizes, which tensors are kept and why, notes."""
     reasons = Counter(tensor.reason.text for tensor in report.kept)
     lines = [
-        f"{report.source} → {target}: dry run, nothing is written",
+        display.printable(f"{report.source} → {target}: dry run, nothing is written"),
         *_table(_facts(report)),
         *(["", "why tensors are kept"] if reasons else []),
         *_table((f"{count:,}", reason) for reason, count in reasons.most_common()),
@@ -67,7 +67,8 @@ def comparison_table(comparison: Comparison) -> str:
     ]
     return "\n".join(
         (
-            f"{comparison.source}: {describe_sample(comparison)}, scaling {comparison.scaling}, seed {comparison.seed}",
+            f"{display.printable(comparison.source)}: {describe_sample(comparison)}, scaling {comparison.scaling}, "
+            f"seed {comparison.seed}",
             *_table([(*heads, OUTPUT_COLUMN) if calibrated else heads, *rows]),
             "",
             *recommendations(comparison),
@@ -145,7 +146,7 @@ def _output_error(report: Report) -> Iterable[Sequence[str]]:
 
 
 def _notes(report: Report) -> Iterable[str]:
-    return ("", *(f"note: {note}" for note in report.notes)) if report.notes else ()
+    return ("", *(display.printable(f"note: {note}") for note in report.notes)) if report.notes else ()
 
 
 def _merged(comparison: Comparison) -> list[tuple[Trial, ErrorStatistics]]:
@@ -163,7 +164,7 @@ def _finite(value: float) -> float | None:
 
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines with aligned columns. The last cell of a row may be of any length."""
-    rows = [tuple(row) for row in rows]
+    rows = [tuple(map(display.printable, row)) for row in rows]
     columns = max(map(len, rows), default=0)
     widths = [max(len(row[i]) for row in rows if len(row) > i + 1 or len(row) == columns > i) for i in range(columns)]
     return [

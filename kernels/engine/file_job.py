@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,11 +29,11 @@ log = logging.getLogger("stochastic_fp8")
 
 
 def quantize_file(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     recipe: Recipe | None = None,
     *,
-    calibration: Calibration | str | os.PathLike | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     requantize: bool = False,
     overwrite: bool = False,
     device: torch.device | str | None = None,
@@ -41,7 +42,7 @@ def quantize_file(
     for_comfyui: str | None = None,
     progress: ProgressCallback | None = None,
     observe: LayerCallback | None = None,
-    **choices,
+    **choices: Any,
 ) -> Report:
     """Quantize a checkpoint file to a new scaled FP8 file, which is verified before it appears.
 
@@ -52,9 +53,9 @@ def quantize_file(
     Weights that are scaled FP8 are dequantized first. Tensors that are not quantized keep every bit. The same source
     and recipe give the same file, byte for byte (calibrated rounding: on one device and version of torch).
 
-    Raises CheckpointError: files that cannot be read, used or written, and non-finite weights; UnknownChoiceError and
-    UnknownPatternError; CalibrationError: rounding "calibrated" without a calibration; TypeError: a recipe and
-    keywords. Whatever is raised, the target is unchanged.
+    Raises CheckpointError: files that cannot be read, used or written, a source that changes meanwhile, and non-finite
+    weights; UnknownChoiceError and UnknownPatternError; CalibrationError: rounding "calibrated" without a calibration;
+    TypeError: a recipe and keywords. The target is then unchanged.
     """
     recipe, calibration, target = recipe_from(recipe, choices), _opened(calibration), Path(target)
     with open_source(source) as opened:
@@ -72,10 +73,19 @@ def quantize_file(
         state = job.state_dict()
         state.metadata[RECIPE_ENTRY] = json.dumps(recipe_entry(job.report()), sort_keys=True)
         unscaled = [("missing_scale", name) for name in state.tensors]  # they had no scale in the source
-        write_state_dict(
-            state, target, layout=recipe.layout, metadata=metadata, overwrite=overwrite, accept=unscaled, progress=meter
+        inspection = write_state_dict(
+            state,
+            target,
+            layout=recipe.layout,
+            metadata=metadata,
+            overwrite=overwrite,
+            source=opened,
+            accept=unscaled,
+            progress=meter,
         )
-        report = _report(job, for_comfyui)
+        # Errors that were accepted, such as legacy E5M2, are in the job's own verdicts.
+        verdicts = inspection.verdicts if inspection.ok else _verdicts(job)
+        report = _report(job, verdicts, for_comfyui)
         log.info(
             "%s: %d layers quantized to %s, %d tensors kept",
             target,
@@ -84,18 +94,18 @@ def quantize_file(
             len(report.kept),
         )
         if for_comfyui:
-            for loss in _losses(job, for_comfyui):
+            for loss in _losses(verdicts, for_comfyui):
                 log.warning("%s: %s", target.name, loss)
         return report
 
 
 def plan_file(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     recipe: Recipe | None = None,
     *,
-    calibration: Calibration | str | os.PathLike | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     requantize: bool = False,
-    **choices,
+    **choices: Any,
 ) -> Report:
     """What quantize_file would do, from the header alone: layers with amax and scale 0, kept tensors, notes, sizes.
 
@@ -105,11 +115,11 @@ def plan_file(
         weights = FileWeights(opened, requantize=requantize)
         job = Quantization(weights, recipe_from(recipe, choices), _opened(calibration))
         job.check_anything_left()
-        return _report(job)
+        return _report(job, _verdicts(job))
 
 
 def read_weights(
-    source: str | os.PathLike, recipe: Recipe | None = None, **choices
+    source: str | os.PathLike[str], recipe: Recipe | None = None, **choices: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(tensor key, weight) of each layer that quantize_file would quantize, each valid until the next is read.
 
@@ -134,24 +144,27 @@ def _check_usable(job: Quantization, target: Path, version: str | None) -> None:
         raise file_error(target, str(error)) from error
 
 
-def _report(job: Quantization, version: str | None = None) -> Report:
+def _verdicts(job: Quantization) -> tuple[Verdict, ...]:
+    """What ComfyUI versions make of the file, as far as the recipe and the names tell."""
+    return layout_verdicts(job.recipe.layout, job.formats, job.selection.components)
+
+
+def _report(job: Quantization, found: Sequence[Verdict], version: str | None = None) -> Report:
     """The job's report, with what ComfyUI versions make of the file where that is not simply exact.
 
     Losses come first: those in `version` or, without one, in any version.
     """
-    losses = _losses(job, version)
-    found = layout_verdicts(job.recipe.layout, job.formats, job.selection.components)
+    losses = _losses(found, version)
     remarks = [verdict for verdict in found if verdict not in losses and (verdict.outcome != EXACT or verdict.text)]
     report = job.report([str(verdict) for verdict in remarks])
     return replace(report, notes=(*map(str, losses), *report.notes))
 
 
-def _losses(job: Quantization, version: str | None) -> list[Verdict]:
+def _losses(found: Sequence[Verdict], version: str | None) -> list[Verdict]:
     """The verdicts that are not exact, of one version or of all."""
-    found = layout_verdicts(job.recipe.layout, job.formats, job.selection.components)
     running = found if version is None else (verdict_of(version, found),)
     return [verdict for verdict in running if verdict.outcome != EXACT]
 
 
-def _opened(calibration: Calibration | str | os.PathLike | None) -> Calibration | None:
+def _opened(calibration: Calibration | str | os.PathLike[str] | None) -> Calibration | None:
     return load_calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration

@@ -16,11 +16,11 @@ from ..files.staging import alternating_buffers
 from ..numerics.formats import FORMATS
 from ..numerics.transfers import Send, to_device
 from ..recipe import Recipe
-from ..selection.presets import Component, Components, diffusers_model
+from ..selection.presets import Component, Components, diffusers_model, foreign_kind, other_quantizer
 from ..state_dict.layouts import HEADER_ENTRY, SOURCE_ONLY_SCALE
 from ..state_dict.markings import parameters, read_markings, read_scale, read_scales, scaled_layers
 from ..state_dict.scaled_state_dict import Entry, FileEntry, ScaledWeight, TensorEntry
-from ..state_dict.source_scales import dequantize_blocks
+from ..state_dict.source_scales import check_shapes, dequantize_blocks
 from .notes import finely_scaled_note
 from .weights import Read
 
@@ -63,6 +63,12 @@ class FileWeights:
 
     def check(self, names: Collection[str], recipe: Recipe) -> None:
         """Raises CheckpointError for a file that cannot be quantized as asked."""
+        other = other_quantizer(self._source.tensors)
+        if other:
+            raise self.error(f"is already quantized by {other[0]}, e.g. {other[1]!r}; start from the 16-bit file")
+        foreign = foreign_kind(self._source.tensors, self._source.name)
+        if foreign:
+            raise self.error(f"is {foreign[0]}; {foreign[1]}")
         model = diffusers_model(self._source.tensors)
         if model:
             raise self.error(
@@ -78,8 +84,8 @@ class FileWeights:
         same = [name for name in names if self._stored_dtype(name) == recipe.format and self._is_tensor_wise(name)]
         if same and not self._requantize:
             raise self.error(
-                f"{len(same)} layers are already {recipe.format}, e.g. {same[0]!r}; start from the 16-bit file, or ask "
-                "to requantize, which loses quality a second time"
+                f"{len(same)} layers are already {recipe.format}, e.g. {same[0]!r}; start from the 16-bit file, "
+                f"{self._way_to_keep(same, names)}or ask to requantize, which loses quality a second time"
             )
 
     def entry(self, name: str) -> Entry:
@@ -179,7 +185,7 @@ class FileWeights:
         if stored in self._layers:
             scale = self._read(read_scales, self._scale_name(stored))
             try:
-                dequantize_blocks(torch.empty(self._source.tensors[stored].shape, device="meta"), scale.to("meta"))
+                check_shapes(self._source.tensors[stored].shape, scale.shape)
             except ValueError as error:
                 raise self._scale_error(stored, error) from error
             return
@@ -191,6 +197,16 @@ class FileWeights:
                 f"weight {stored!r} is FP8, and {unknown[0]!r} beside it looks like a scale of an unknown kind; start "
                 "from the 16-bit file"
             )
+
+    def _way_to_keep(self, same: Collection[str], names: Collection[str]) -> str:
+        """How to leave a network of an all-in-one checkpoint as it is, where another one can be quantized."""
+        components = {self._components.of(self._names[name]) for name in same}
+        others = {self._components.of(self._names[name]) for name in names} - components
+        prefixes = [component.prefix for component in components if component and component.prefix]
+        if not others or len(prefixes) != len(components):
+            return ""
+        patterns = " ".join(sorted(prefix.removesuffix(".").removesuffix(".transformer") for prefix in prefixes))
+        return f"keep them as they are (--keep {patterns}), "
 
     def _siblings(self, layer: str) -> list[str]:
         """Other tensors of a layer."""

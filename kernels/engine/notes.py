@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..calibration.gptq import TRUSTED_ROWS
 from ..display import count
+from ..numerics.output_error import CONTRADICTORY, WEIGHT_ERROR
 from ..numerics.rounding import CALIBRATED
 from ..recipe import Recipe
 from ..report.report import KeptTensor, LayerReport
 from ..selection.reasons import NON_FINITE
-from ..state_dict.scaled_state_dict import ScaledWeight
+from ..state_dict.scaled_state_dict import PendingWeight, ScaledWeight
 
 MOST_NAMED = 20
 """Layers that one note lists."""
@@ -29,7 +30,7 @@ def source_notes(*, dequantized: int, staying: int, unpacked: int, unscaled: int
     if unscaled:
         yield f"{count(unscaled, 'layer')} in FP8 without a scale: what that lost cannot be recovered"
     if patched:
-        yield f"{count(patched, 'weight')} with patches (LoRA): applied in full precision, then rounded once"
+        yield f"{count(patched, 'weight')} with patches (LoRA): applied in full precision, before any rounding"
 
 
 def finely_scaled_note(layers: int) -> str:
@@ -47,7 +48,7 @@ def nonfinite_notes(kept: Iterable[KeptTensor]) -> Iterator[str]:
             yield f"{tensor.key} is kept: it {tensor.reason.text}"
 
 
-def matmul_notes(recipe: Recipe, weights: Sequence[ScaledWeight]) -> Iterator[str]:
+def matmul_notes(recipe: Recipe, weights: Sequence[ScaledWeight | PendingWeight]) -> Iterator[str]:
     """FP8 matmul without input scales."""
     if recipe.matmul == "fp8" and not any(weight.input_scale is not None for weight in weights):
         yield "matmul fp8 without input scales: FP8 GPUs clamp activations at ±448, which costs quality"
@@ -64,8 +65,20 @@ def calibration_notes(recipe: Recipe, layers: Iterable[LayerReport]) -> Iterator
             "rounded to nearest, because the calibration has no inputs of this width for them",
         ),
         (
-            [key for key, error in errors.items() if error and error.chosen == error.nearest > 0],
+            [
+                key
+                for key, error in errors.items()
+                if error and not error.fallback and error.chosen == error.nearest > 0
+            ],
             "rounded to nearest, because calibrated rounding would not be better",
+        ),
+        (
+            [key for key, error in errors.items() if error and error.fallback == WEIGHT_ERROR],
+            "rounded to nearest, because calibrated rounding would lower the SQNR of their weights by more than 10 dB",
+        ),
+        (
+            [key for key, error in errors.items() if error and error.fallback == CONTRADICTORY],
+            "rounded to nearest, because their recorded inputs contradict each other: calibrate again",
         ),
         (
             [key for key, error in errors.items() if error and error.rows < TRUSTED_ROWS],

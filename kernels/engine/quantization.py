@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ from ..selection.presets import NEVER_QUANTIZED, TEXT_ENCODER
 from ..selection.reasons import NON_FINITE, NOT_LINEAR, Reason
 from ..selection.selection import Selection, select_layers
 from ..state_dict.layouts import ScaledLayer
-from ..state_dict.scaled_state_dict import Round, ScaledStateDict, ScaledWeight
+from ..state_dict.scaled_state_dict import PendingWeight, Round, ScaledStateDict
 from ..version import VERSION
 from . import notes
 from .quantize_weight import check_calibration, input_scale, quantize_weight
@@ -43,6 +43,9 @@ log = logging.getLogger("stochastic_fp8")
 
 RECIPE_ENTRY = "stochastic_fp8"
 """The metadata entry that says how a file was made."""
+
+MOST_SAMPLED = 10_000
+"""Layers. In a model with more, reports hold no samples: they are most of a report's memory."""
 
 LayerCallback = Callable[[int, int, "ErrorStatistics | None"], None]
 """observe(layers done, layers in total, statistics of the one just done)"""
@@ -148,14 +151,15 @@ class Quantization:
     def state_dict(self) -> ScaledStateDict:
         """The scaled state dict, whose quantized weights are pending."""
         state = ScaledStateDict(metadata=dict(self.weights.metadata))
+        staying = set(self._staying)
         for name in self.weights.tensors:
-            if name in self._staying:
+            if name in staying:
                 state.add_weight(name, self._scaled[name])
             else:
                 state.tensors[name] = self.weights.entry(name)
         for name in self.quantized:
-            state.add_weight(name, self._pending_weight(name))
-        state.start_pass = partial(self._rounding_pass, state)
+            state.add_pending(name, self._pending_weight(name))
+        state.rounding_pass = partial(self._rounding_pass, state)
         return state
 
     def report(self, extra_notes: Sequence[str] = ()) -> Report:
@@ -175,14 +179,15 @@ class Quantization:
         """Scaled weights that stay as they are, bit for bit: kept, and not changed by a patch."""
         return [name for name in self._scaled if name in self._kept and name not in self.weights.patched]
 
-    def _pending_weight(self, name: str) -> ScaledWeight:
+    def _pending_weight(self, name: str) -> PendingWeight:
         """Text encoders multiply in full precision anyway, and ComfyUI 0.3.75 cannot load a T5 that asks for it."""
         component = self.selection.components.of(name)
+        assert component, f"{name} was selected, so it belongs to a network"
         full_precision = self.recipe.matmul == "full" and component.preset.kind != TEXT_ENCODER
         layer = ScaledLayer(name.removesuffix(".weight"), self.recipe.format, full_precision, component.prefix)
         measured = input_scale(self.calibration, self.selection.tensor_key(name), self.recipe)
         info = self.weights.tensors[name]
-        return ScaledWeight(
+        return PendingWeight(
             layer,
             info.shape,
             input_scale=self.weights.input_scale(name) if measured is None else measured,
@@ -219,7 +224,8 @@ class Quantization:
             log.debug("%s", trace(key, x, q, rounding=self.recipe.rounding, seed=self.recipe.seed))
         self._results[name] = self._layer_report(name, q)
         if self._observe:
-            self._observe(len(self._results), len(self.quantized), q.error)
+            left = len(self.selection.quantize) + len(self.selection.kept) - len(self._kept)
+            self._observe(len(self._results), left, q.error)
         return q
 
     def _keep(self, name: str, nan: int, inf: int) -> None:
@@ -230,6 +236,8 @@ class Quantization:
         info, key = self.weights.tensors[name], self.selection.tensor_key(name)
         amax, scale = (q.amax, q.scale.item()) if q else (0.0, 0.0)
         error, output_error = (q.error, q.output_error) if q else (None, None)
+        if error and len(self.selection.quantize) > MOST_SAMPLED:
+            error = replace(error, samples=())
         return LayerReport(key, info.shape, info.dtype, info.nbytes, amax, scale, error, output_error)
 
     def _kept_tensor(self, name: str, reason: Reason) -> KeptTensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..calibration.calibrate_tensor import calibrate_tensor
@@ -30,16 +32,16 @@ def quantize_weight(
     """Quantize the weight of one layer as the recipe says.
 
     x: float (out, in); any shape for roundings other than calibrated. key: the tensor key. Calibrated rounding falls
-    back to nearest for a layer that the calibration does not hold, or holds with another width.
+    back to nearest for a layer that the calibration does not hold, or holds with another width, and for the reasons in
+    OutputError.fallback.
 
     Raises as quantize_tensor, and CalibrationError where the recipe needs a calibration and there is none.
     """
     check_calibration(recipe, calibration)
-    choices = {"format": recipe.format, "scaling": recipe.scaling}
-    choices |= {"key": key, "statistics": statistics}
+    choices: dict[str, Any] = {"format": recipe.format, "scaling": recipe.scaling, "key": key, "statistics": statistics}
     if recipe.rounding != CALIBRATED.name:
         return quantize_tensor(x, rounding=recipe.rounding, seed=recipe.seed, placement=placement, **choices)
-    layer = calibration.layer_of(key, x)
+    layer = calibration.layer_of(key, x) if calibration else None
     if layer is None:
         return quantize_tensor(x, rounding="nearest", placement=placement, **choices)
     return calibrate_tensor(x, layer, device=placement.device if placement else None, **choices)
@@ -49,7 +51,7 @@ def check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:
     """Raises CalibrationError where the recipe needs a calibration and there is none."""
     if recipe.rounding == CALIBRATED.name and calibration is None:
         raise CalibrationError(
-            "rounding 'calibrated' needs to know what the layers are fed: connect FP8 Calibration or Load FP8 "
+            "rounding 'calibrated' needs the recorded inputs of the layers: connect FP8 Calibration or Load FP8 "
             "Calibration to the input 'calibration' (on the command line: --calibration FILE)"
         )
 

@@ -24,22 +24,37 @@ Read = Callable[[], "tuple[torch.Tensor, Send]"]
 class Weights(Protocol):
     """Named tensors, some of which can be quantized."""
 
-    name: str
-    """Name of the file (without its folder) or of the model, for people."""
-    kind: str | None
-    """What Components takes: DIFFUSION or TEXT_ENCODER for the bare names of one network, None for a whole file."""
-    tensors: Mapping[str, TensorInfo]
-    """Every tensor by published name, without scales and markers of scaled weights."""
-    scaled: Mapping[str, ScaledWeight]
-    """The weights that are scaled FP8 already."""
-    patched: Collection[str]
-    """The weights whose values differ from what is stored: LoRAs and other patches."""
-    linear_names: Collection[str] | None
-    """Names of the Linear modules; None where only names and shapes are known."""
-    metadata: Mapping[str, str]
-    """Entries that a file made from these weights keeps."""
-    notes: Sequence[str]
-    """What else the user should know about this source."""
+    @property
+    def name(self) -> str:
+        """Name of the file (without its folder) or of the model, for people."""
+
+    @property
+    def kind(self) -> str | None:
+        """What Components takes: DIFFUSION or TEXT_ENCODER for the bare names of one network, None for a whole file."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by published name, without scales and markers of scaled weights."""
+
+    @property
+    def scaled(self) -> Mapping[str, ScaledWeight]:
+        """The weights that are already in scaled FP8."""
+
+    @property
+    def patched(self) -> Collection[str]:
+        """The weights whose values differ from what is stored: LoRAs and other patches."""
+
+    @property
+    def linear_names(self) -> Collection[str] | None:
+        """Names of the Linear modules; None where only names and shapes are known."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Entries that a file made from these weights keeps."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What else the user should know about this source."""
 
     def check(self, names: Collection[str], recipe: Recipe) -> None:
         """Raises where these weights cannot be quantized from this source."""

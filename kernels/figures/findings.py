@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import display
 from ..selection.presets import PRESETS
-from ..state_dict.compatibility import DEGRADED, EXACT
+from ..state_dict.compatibility import CANNOT_TELL, DEGRADED, EXACT
 from ..state_dict.inspection import ERROR, NOTE, WARNING, Inspection
 from .style import (
     BLUE,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COLOURS = {ERROR: VERMILION, WARNING: ORANGE, NOTE: BLUE}
 MOST = 24
-"""Findings shown. The text output has all of them."""
+"""Kinds of findings shown. The text output has all of them."""
 LINE_CHARACTERS = 114
 LINE_INCHES, ENTRY_INCHES, TOP_INCHES = 0.185, 0.13, 1.0
 LEFT_INCHES = 1.65
@@ -39,7 +39,7 @@ Entry = tuple[str, str, list[str]]
 
 @house_style()
 def inspection_sheet(inspection: Inspection, *, width: int = 1024) -> Figure:
-    """One entry per ComfyUI version, then one per finding. The height follows from the text."""
+    """One entry per ComfyUI version, then one per kind of finding. The height follows from the text."""
     entries = [*_verdict_entries(inspection), *_finding_entries(inspection)]
     lines = sum(len(text) for _, _, text in entries)
     inches = TOP_INCHES + lines * LINE_INCHES + (len(entries) + 1) * ENTRY_INCHES
@@ -61,21 +61,19 @@ def inspection_sheet(inspection: Inspection, *, width: int = 1024) -> Figure:
 
 def _verdict_entries(inspection: Inspection) -> Iterator[Entry]:
     for verdict in inspection.verdicts:
-        colour = {EXACT: GREEN, DEGRADED: ORANGE}.get(verdict.outcome, VERMILION)
+        colour = {EXACT: GREEN, DEGRADED: ORANGE, CANNOT_TELL: ORANGE}.get(verdict.outcome, VERMILION)
         text = f"result: {verdict.outcome}{'; ' + verdict.text if verdict.text else ''}"
-        yield verdict.generation, colour, textwrap.wrap(text, LINE_CHARACTERS)
+        yield verdict.generation, colour, textwrap.wrap(display.printable(text), LINE_CHARACTERS)
 
 
 def _finding_entries(inspection: Inspection) -> Iterator[Entry]:
-    for finding in inspection.findings[:MOST]:
+    for finding, count in inspection.kinds[:MOST]:
         where = f"{finding.where}: " if finding.where else ""
-        yield (
-            finding.severity,
-            COLOURS[finding.severity],
-            textwrap.wrap(f"{where}{finding.what}. {finding.repair}.", LINE_CHARACTERS),
-        )
-    more = len(inspection.findings) - MOST
-    if more > 0:
-        yield "", INK, [f"{display.count(more, 'more finding')}: see the text output"]
+        more = f" ({count - 1:,} more like this)" if count > 1 else ""
+        text = display.printable(f"{where}{finding.what}. {finding.repair}.{more}")
+        yield finding.severity, COLOURS[finding.severity], textwrap.wrap(text, LINE_CHARACTERS)
+    rest = len(inspection.kinds) - MOST
+    if rest > 0:
+        yield "", INK, [f"{rest:,} more kinds of findings: see the text output"]
     if not inspection.findings:
         yield "no problems", GREEN, ["Every scaled layer has its scale and its entries."]

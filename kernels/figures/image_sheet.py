@@ -61,7 +61,7 @@ def image_sheet(
         axes = figure.add_axes((left, BOTTOM / inches, panel / WIDTH_INCHES, panel * rows / columns / inches))
         axes.imshow(np.clip(image, 0, 1), aspect="auto", vmin=0, vmax=1)
         axes.set(xticks=(), yticks=())
-        axes.set_title(display.shorten_middle(name, NAME_CHARACTERS))
+        axes.set_title(display.shorten_middle(display.printable(name), NAME_CHARACTERS))
         axes.grid(False)
         for spine in axes.spines.values():
             spine.set(visible=True, color=RULE)

@@ -169,7 +169,7 @@ def list_worst(figure: Figure, beside: Axes, worst: Sequence[Measured]) -> None:
         y = top - (0.42 * rank - 0.3) * line
         figure.text(left, y, f"{rank}", weight="bold", size=9, va="top")
         figure.text(left + 0.02, y, f"{display.decibels(error.sqnr)}, {layer_kind(layer.key)}", size=9, va="top")
-        name = display.shorten_middle(layer.key.removesuffix(".weight"), 38)
+        name = display.shorten_middle(display.printable(layer.key.removesuffix(".weight")), 38)
         figure.text(left + 0.02, y - 0.17 * line, name, size=8, color=FAINT, va="top")
 
 

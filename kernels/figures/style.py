@@ -124,14 +124,14 @@ def write_titles(figure: Figure, title: str, subtitle: str) -> None:
     """The title and a line below it. A long title loses its middle."""
     height = figure.get_figheight()
     left = MARGIN / WIDTH_INCHES
-    title = display.shorten_middle(title, TITLE_CHARACTERS)
+    title = display.shorten_middle(display.printable(title), TITLE_CHARACTERS)
     figure.text(left, 1 - 0.22 / height, title, size=13, weight="bold", va="top")
-    figure.text(left, 1 - 0.47 / height, subtitle, size=9.5, color=FAINT, va="top")
+    figure.text(left, 1 - 0.47 / height, display.printable(subtitle), size=9.5, color=FAINT, va="top")
 
 
 def write_caption(figure: Figure, *texts: str) -> None:
     """Lines at the bottom of a figure. Each text starts a new line and is wrapped, but not between number and unit."""
-    glued = [re.sub(r"(?<=\d) (?=%|dB)", NO_BREAK_SPACE, text) for text in texts]
+    glued = [re.sub(r"(?<=\d) (?=%|dB)", NO_BREAK_SPACE, display.printable(text)) for text in texts]
     lines = [line for text in glued for line in textwrap.wrap(text, CAPTION_CHARACTERS)]
     block = "\n".join(lines).replace(NO_BREAK_SPACE, " ")
     x, y = MARGIN / WIDTH_INCHES, 0.14 / figure.get_figheight()

@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 
-MAX_HEADER = 100_000_000
-"""Bytes. The limit of the safetensors library."""
-MAX_TENSORS = 1_000_000
+MAX_HEADER = 32 << 20
+"""Bytes. Those of published models have less than 2 MB; the safetensors library reads 100 MB."""
+MAX_TENSORS = 200_000
+MAX_NAME = 1024
+"""Characters of a tensor's name."""
 MAX_ENTRY = 4096
 """Characters of one tensor's entry in the header."""
+MAX_METADATA = 10_000
+"""Entries in the metadata."""
 
 DTYPES = {
     "BOOL": ("bool", 8),
@@ -50,6 +54,7 @@ _CODES = {name: code for code, (name, _) in DTYPES.items()}
 _BITS = dict(DTYPES.values())
 _RANK = {name: rank for rank, name in enumerate(_BITS)}
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _decode_json = json.JSONDecoder().raw_decode
 
@@ -87,7 +92,7 @@ class TensorInfo:
         return self.elements * _BITS[self.dtype] // 8
 
 
-def parse_header(data: bytes) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
+def parse_header(data: bytes | bytearray) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
     """The tensors, with the offsets of their bytes after the header, and the metadata, from a header's JSON.
 
     The JSON is decoded entry by entry: json.loads would turn 100 MB of brackets into gigabytes of lists.
@@ -95,13 +100,21 @@ def parse_header(data: bytes) -> tuple[dict[str, tuple[TensorInfo, int]], dict[s
     that overlap or leave gaps.
     """
     scanner = _Scanner(data.decode())
+    del data  # the caller may hold no other reference
     tensors: dict[str, tuple[TensorInfo, int]] = {}
     metadata: dict[str, str] = {}
     for key in scanner.keys():
         if key == "__metadata__":
-            metadata = {name: scanner.string() for name in scanner.keys()}
+            for name in scanner.keys():
+                if len(metadata) == MAX_METADATA:
+                    raise ValueError(f"its metadata has more than {MAX_METADATA:,} entries")
+                metadata[name] = scanner.string()
         elif len(tensors) == MAX_TENSORS:
             raise ValueError(f"it lists more than {MAX_TENSORS:,} tensors")
+        elif len(key) > MAX_NAME:
+            raise ValueError(
+                f"tensor {key[:40]!r}… has a name of {len(key):,} characters; at most {MAX_NAME:,} are read"
+            )
         else:
             tensors[key] = _parse_entry(key, scanner.flat_object())
     scanner.end()
@@ -113,8 +126,11 @@ def format_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     """The bytes before the data, with the length, and each tensor's offset from the start of the file, in file order.
 
     The order is that of the library: larger dtypes first, then by name, so that every tensor is aligned. Metadata is
-    sorted; the library writes it in no fixed order. Raises ValueError: the header is larger than MAX_HEADER.
+    sorted; the library writes it in no fixed order. Raises ValueError: the header is beyond what parse_header reads.
     """
+    _check_names(tensors)
+    if len(metadata) > MAX_METADATA:
+        raise ValueError(f"the metadata has {len(metadata):,} entries; at most {MAX_METADATA:,} can be read again")
     order = sorted(tensors, key=lambda key: (-_RANK[tensors[key].dtype], key))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offsets = {}
@@ -126,9 +142,25 @@ def format_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise ValueError(f"the header has {len(text):,} bytes; programs read at most {MAX_HEADER:,}")
+        raise ValueError(f"the header has {len(text):,} bytes; at most {MAX_HEADER:,} can be read again")
     start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {key: start + offset for key, offset in offsets.items()}
+
+
+def check_count(tensors: int) -> None:
+    """Raises ValueError if a header cannot hold this number of tensors."""
+    if tensors > MAX_TENSORS:
+        raise ValueError(f"it would hold {tensors:,} tensors or more; at most {MAX_TENSORS:,} can be read again")
+
+
+def _check_names(tensors: Collection[str]) -> None:
+    """Raises ValueError if a header cannot hold tensors of these names."""
+    check_count(len(tensors))
+    longest = max(tensors, key=len, default="")
+    if len(longest) > MAX_NAME:
+        raise ValueError(
+            f"tensor {longest[:40]!r}… has a name of {len(longest):,} characters; {MAX_NAME:,} can be read again"
+        )
 
 
 class _Scanner:
@@ -162,7 +194,8 @@ class _Scanner:
             raise ValueError(f"there is no string at character {self.at}")
         value: str
         value, self.at = _decode_json(self.text, self.at)
-        value.encode()  # raises for half a surrogate pair, which cannot be encoded in a file
+        if _SURROGATE.search(value):
+            raise ValueError(f"a string that ends at character {self.at} has surrogates, which no file can hold")
         return value
 
     def flat_object(self) -> object:

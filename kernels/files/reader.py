@@ -5,7 +5,6 @@ Files are not memory-mapped: mapped pages count as resident memory, and a file t
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import threading
@@ -16,7 +15,8 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, file_error
-from .header import MAX_HEADER, TensorInfo, parse_header, without_duplicates
+from .bounded_json import MAX_JSON, parse_json
+from .header import MAX_HEADER, MAX_TENSORS, TensorInfo, parse_header, without_duplicates
 
 COPY_CHUNK = 1 << 23
 """Bytes in memory while a tensor is copied from file to file."""
@@ -53,7 +53,12 @@ class _File:
             self._file = open(path, "rb", buffering=0)
         except OSError as error:
             raise file_error(path, f"cannot be opened: {error.strerror or error}") from error
-        self.size = os.fstat(self._file.fileno()).st_size
+        self.size, self._modified = self._state()
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if the file was written to since it was opened."""
+        if self._state() != (self.size, self._modified):
+            raise file_error(self.path, "changed while it was read; try again when it is complete")
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         done = 0
@@ -68,13 +73,18 @@ class _File:
         except OSError as error:
             raise file_error(self.path, f"cannot be read: {error.strerror or error}") from error
 
-    def read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytearray:
         buffer = bytearray(size)
         self.read_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return buffer
 
     def close(self) -> None:
         self._file.close()
+
+    def _state(self) -> tuple[int, int]:
+        """Size, and time of the last change in ns."""
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
 
 
 class Source:
@@ -110,7 +120,7 @@ class Source:
     def read_bytes(self, key: str) -> bytes:
         """The tensor's bytes, as in the file."""
         tensor = self.tensors[key]
-        return tensor.file.read(tensor.offset, tensor.nbytes)
+        return bytes(tensor.file.read(tensor.offset, tensor.nbytes))
 
     def chunks(self, key: str) -> Iterator[memoryview]:
         """The tensor's bytes, at most COPY_CHUNK at a time. The next chunk overwrites the last one's memory."""
@@ -120,6 +130,11 @@ class Source:
             chunk = buffer[: tensor.nbytes - start]
             tensor.file.read_into(chunk, tensor.offset + start)
             yield chunk
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file was written to since it was opened: what was read may be a mixture."""
+        for file in self.files:
+            file.check_unchanged()
 
     def close(self) -> None:
         for file in self.files:
@@ -170,8 +185,16 @@ def _add_file(source: Source, path: Path) -> None:
     twice = next(iter(tensors.keys() & source.tensors.keys()), None)
     if twice is not None:
         raise file_error(source.path, f"lists two files that both hold tensor {twice!r}; download the model again")
+    if len(tensors) + len(source.tensors) > MAX_TENSORS:
+        raise file_error(
+            source.path, f"lists files of more than {MAX_TENSORS:,} tensors together; download the model again"
+        )
     source.tensors.update(tensors)
     source.metadata = metadata | source.metadata
+    if sum(map(len, source.metadata.values())) > MAX_HEADER:
+        raise file_error(
+            source.path, f"lists files with more than {MAX_HEADER:,} characters of metadata together; download it again"
+        )
 
 
 def _read_header(file: _File) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -183,6 +206,12 @@ def _read_header(file: _File) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 raise file_error(file.path, text)
     if len(start) < 8 or length <= MAX_HEADER and 8 + length > file.size:
         raise file_error(file.path, "is truncated: it ends inside its header; download it again")
+    if MAX_HEADER < length < file.size and start[8:9] == b"{":
+        raise file_error(
+            file.path,
+            f"has a header of {length:,} bytes; at most {MAX_HEADER:,} are read. Headers of published models have less "
+            "than 2 MB: download it again",
+        )
     if length > MAX_HEADER or start[8:9] != b"{":
         raise file_error(file.path, "is not a safetensors file: it does not begin with a header; download it again")
     try:
@@ -206,9 +235,12 @@ def _read_index(path: Path) -> dict[str, str]:
     """The weight map of an index: tensor -> name of a file in the same folder."""
     file = _File(path)
     try:
-        if file.size > MAX_HEADER:
-            raise file_error(path, f"has {file.size:,} bytes, too many for an index; download it again")
-        index = json.loads(file.read(0, file.size), object_pairs_hook=without_duplicates)
+        if file.size > MAX_JSON:
+            raise file_error(
+                path,
+                f"has {file.size:,} bytes, too many for an index: at most {MAX_JSON:,} are read; download it again",
+            )
+        index = parse_json(file.read(0, file.size), hook=without_duplicates)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -218,6 +250,8 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise file_error(path, "has no weight_map from tensor names to file names; download it again")
+    if len(weight_map) > MAX_TENSORS:
+        raise file_error(path, f"lists more than {MAX_TENSORS:,} tensors; download it again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise file_error(

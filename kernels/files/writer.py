@@ -15,6 +15,8 @@ from .atomic_file import replacing
 from .header import TensorInfo, format_header
 from .reader import Source, open_written
 
+EXISTS = "already exists; choose another name, or ask to overwrite it"
+
 SYNC_BYTES = 1 << 27
 """Bytes written between two fsync calls. Unsynced bytes take memory, and time at the end."""
 
@@ -26,12 +28,14 @@ def writing(
     metadata: Mapping[str, str],
     *,
     overwrite: bool = False,
+    source: Source | None = None,
 ) -> Iterator[Writer]:
     """Write a safetensors file whose tensors are known in advance. It appears when the block ends without an exception.
 
-    The block writes each tensor once, in any order; that of `Writer.order` is the fastest.
-    Raises CheckpointError: the target exists (unless `overwrite`), does not end in .safetensors, cannot be written, or
-    the disk is full; ValueError: a tensor was not written, or is not as announced.
+    The block writes each tensor once, in any order; that of `Writer.order` is the fastest. source: what the tensors are
+    read from; it must not change meanwhile.
+    Raises CheckpointError: the target exists (unless `overwrite`), does not end in .safetensors, cannot be written, the
+    disk is full, or the source changed; ValueError: a tensor was not written, or is not as announced.
     """
     target = Path(target)
     check_target(target, overwrite)
@@ -40,11 +44,13 @@ def writing(
     except ValueError as error:
         raise file_error(target, f"cannot be written: {error}") from error
     size = len(header) + sum(info.nbytes for info in tensors.values())
-    with _as_checkpoint_error(target), replacing(target, size) as file:
+    with _as_checkpoint_error(target), replacing(target, size, overwrite=overwrite) as file:
         writer = Writer(file, tensors, offsets)
         writer.write_at(0, memoryview(header))
         yield writer
         writer.check_complete()
+        if source:
+            source.check_unchanged()
         check_target(target, overwrite)
 
 
@@ -106,8 +112,12 @@ def check_target(target: Path, overwrite: bool) -> None:
             raise file_error(target, f"cannot be written: there is no folder {target.parent}")
         if target.is_dir():
             raise file_error(target, "is a folder; give a file name")
+        if target.is_symlink() and not target.exists():
+            raise file_error(target, "is a link to a file that does not exist; delete the link, or choose another name")
+        if target.exists() and not target.is_file():
+            raise file_error(target, "is not a regular file; choose another name")
         if target.exists() and not overwrite:
-            raise file_error(target, "already exists; choose another name, or ask to overwrite it")
+            raise file_error(target, EXISTS)
 
 
 def refuse_same_file(source: Source, target: Path) -> None:
@@ -121,5 +131,7 @@ def refuse_same_file(source: Source, target: Path) -> None:
 def _as_checkpoint_error(target: Path) -> Iterator[None]:
     try:
         yield
+    except FileExistsError as error:
+        raise file_error(target, EXISTS) from error
     except OSError as error:
         raise file_error(target, f"cannot be written: {error.strerror or error}; nothing was changed") from error

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from .autocast import without_autocast
+from .scaling import tensor_to_amax
+
+WEIGHT_ERROR = "weight error"
+"""Reason for nearest: calibrated codes would be more than 10 dB further from the weight than those of nearest."""
+CONTRADICTORY = "contradictory inputs"
+"""Reason for nearest: no inputs have the recorded second moment."""
+
 
 @dataclass(frozen=True)
 class OutputError:
@@ -22,18 +30,33 @@ class OutputError:
     """Error of rounding to nearest, at its own scale."""
     chosen: float
     """Error of the chosen codes; never above `nearest`."""
+    fallback: str = ""
+    """WEIGHT_ERROR or CONTRADICTORY: why calibrated codes were not used. "": they were used, or would not be better."""
 
 
 def relative_output_error(original: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:
     """√(tr E H Eᵀ / tr W H Wᵀ) of a rounded weight (out, in); 0 if the output is all zero.
 
-    moment: LayerCalibration.moment(), on the weight's device.
+    moment: LayerCalibration.moment(), on the weight's device. The result does not depend on torch.autocast.
     """
-    energy = output_energy(original, moment)
-    return math.sqrt(output_energy(rounded.float() - original.float(), moment) / energy) if energy > 0 else 0.0
+    unit = unit_of(original)
+    energy = output_energy(original.float() * unit, moment)
+    if not energy > 0:
+        return 0.0
+    return math.sqrt(output_energy((rounded.float() - original.float()) * unit, moment) / energy)
 
 
 def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
     """tr W H Wᵀ: the mean square of the outputs of a weight (out, in), summed over the outputs."""
     parts = weight.float().reshape(len(weight), *moment.shape[:2]).transpose(0, 1)
-    return max(float((parts @ moment * parts).sum(dtype=torch.float64)), 0.0)
+    with without_autocast(weight.device):
+        return max(float((parts @ moment * parts).sum(dtype=torch.float64)), 0.0)
+
+
+def unit_of(weight: torch.Tensor) -> float:
+    """The power of two that brings a finite weight's amax to 0.5..1, so that its energy fits into fp32; 1 for zeros.
+
+    Multiplying by it changes no mantissa. An error over an output is the same in any unit.
+    """
+    exponent = math.frexp(float(tensor_to_amax(weight)))[1]
+    return 2.0 ** min(max(-exponent, -126), 126)

@@ -50,8 +50,8 @@ def fill_words(keys: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Non
     """Write the words of some blocks into two int32 buffers of shape (blocks, width), width <= 2^16.
 
     `low` is for elements 0..width-1 of each block, `high` for elements 2^16..2^16+width-1. Words are in 0..65535.
-    A right shift of int32 copies the sign bit in. Between the two multiplications this loses one bit of state, which the
-    statistical tests do not detect, and saves a pass.
+    A right shift of int32 copies the sign bit in. Between the two multiplications this loses one bit of state, which
+    the statistical tests do not detect, and saves a pass.
     """
     counter = _spread_counters(low.device)[: low.shape[1]]
     torch.bitwise_xor(counter, keys[:, :1], out=low)

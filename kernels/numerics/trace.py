@@ -37,7 +37,7 @@ def _element(value: torch.Tensor, code: int, word: int, q: QuantizedTensor, roun
     sign = -1 if scaled < 0 else 1
     start = f"{value:.6g} / scale = {scaled:.6g}"
     result = f"-> 0x{code:02x} = {float8.decode(code) * float(q.scale):.6g}"
-    if q.output_error:
+    if q.output_error and not q.output_error.fallback:
         return f"{start}: minimizing the error of the layer's output {result}"
     if below >= float8.max_code:
         return f"{start}: at or beyond the largest value {result}"

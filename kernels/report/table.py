@@ -75,7 +75,8 @@ def to_markdown(report: Report) -> str:
     """The table in Markdown, below one line about the recipe and one about the sizes."""
     recipe = report.recipe
     lines = [
-        f"**{report.source}**: {recipe.format}, {recipe.rounding}, scaling {recipe.scaling}, seed {recipe.seed}",
+        f"**{display.markdown(report.source)}**: {recipe.format}, {recipe.rounding}, scaling {recipe.scaling}, "
+        f"seed {recipe.seed}",
         "",
         f"{display.count(len(report.layers), 'layer')} in FP8, {display.count(len(report.kept), 'tensor')} kept: "
         f"{display.sizes(report.bytes_before, report.bytes_after)}",
@@ -119,7 +120,7 @@ def _row(layer: LayerReport) -> dict[str, Any]:
         "scale": layer.scale,
     }
     if layer.output_error:
-        row["output_error"] = asdict(layer.output_error)
+        row["output_error"] = {name: value for name, value in asdict(layer.output_error).items() if value != ""}
     error = layer.error
     if error is None or not error.count:
         return row | dict.fromkeys(("sqnr", "relative_rmse", "bias", "saturated", "flushed"))
@@ -133,7 +134,7 @@ def _row(layer: LayerReport) -> dict[str, Any]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [row["layer"].replace("|", "\\|"), row["kind"], " × ".join(map(str, row["shape"]))]
+    cells = [display.markdown(row["layer"]), row["kind"], " × ".join(map(str, row["shape"]))]
     cells += [display.number(row["amax"]), display.number(row["scale"])]
     if row["relative_rmse"] is None:
         return cells + [""] * 5

@@ -6,7 +6,8 @@ Source of the key names: ComfyUI's own detection (comfy/model_detection.py and c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +30,8 @@ class Preset:
     """Alternatives. Each is a set of keys that must all be present: key -> its first dimension, None for any."""
     reason: str = ""
     """Why the family is never quantized, for kind NEVER_QUANTIZED."""
+    renamed: tuple[str, ...] = ()
+    """Parts of Linear names that ComfyUI 0.3.75 renames while it loads weights, but not in the header entries."""
 
 
 def _any_of(*alternatives: str) -> tuple[dict[str, None], ...]:
@@ -140,6 +143,7 @@ PRESETS = {
             "modulation",
         ),
         _any_of("txt_in.individual_token_refiner.blocks.0.norm1.weight"),
+        renamed=("_attn_qkv.", "_attn_proj.", "mlp.fc1.", "mlp.fc2.", ".modulation.linear.", "_mod.linear."),
     ),
     "hidream": Preset(
         "HiDream",
@@ -203,6 +207,10 @@ FAMILIES = tuple(family for family, preset in PRESETS.items() if preset.kind != 
 """Families that can be quantized."""
 
 _DIFFUSION_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
+_DETECTED_PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "model.", "")
+"""Prefixes of diffusion models that ComfyUI removes while it detects the family."""
+_WRAPPERS = ("diffusion_model.", "transformer.", "module.", "_orig_mod.", "unet.", "dit.")
+"""Prefixes of other programs, under which no ComfyUI detects a diffusion model."""
 _VAE_PREFIXES = ("first_stage_model.", "vae.", "pretransform.model.")
 _TEXT_ENCODER_PREFIX = re.compile(
     r"text_encoders\.[^.]+\.transformer\.|text_encoders?\.|cond_stage_model\.|conditioner\.embedders\.\d+\."
@@ -225,12 +233,19 @@ class Components:
     """The networks that a set of tensors holds: one, or those of an all-in-one checkpoint."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], kind: str | None = None):
-        """kind: DIFFUSION or TEXT_ENCODER for the bare names of one network of that kind; None for a whole file."""
+        """kind: DIFFUSION or TEXT_ENCODER for the bare names of one network of that kind; None for a whole file.
+
+        undetected_prefix: the prefix under which no ComfyUI detects the main network, or "". renamed: a name of the
+        main network that ComfyUI 0.3.75 renames in the weights only, or "".
+        """
         if kind is None:
             self.main = _main_component(tensors)
             self.others = tuple(_other_components(tensors, self.main.prefix))
+            self.undetected_prefix = _undetected_prefix(tensors, self.main)
         else:
             self.main, self.others = Component("", _SINGLE_FAMILY[kind](tensors)), ()
+            self.undetected_prefix = ""
+        self.renamed = _renamed(tensors, self.main)
 
     @cached_property
     def all(self) -> tuple[Component, ...]:
@@ -299,6 +314,29 @@ def _unknown_prefix(tensors: Mapping[str, TensorInfo]) -> str:
     return "model." if beside and any(key.startswith("model.") for key in tensors) else ""
 
 
+def _undetected_prefix(tensors: Mapping[str, TensorInfo], main: Component) -> str:
+    if main.family != "unknown":
+        return "" if main.prefix in _DETECTED_PREFIXES else main.prefix
+    counts = Counter(prefix for key in tensors for prefix in _prefixes(key))
+    common = [prefix for prefix, count in counts.items() if 2 * count > len(tensors)]
+    for prefix in sorted(common, key=len):
+        if prefix in _WRAPPERS or detect_family(tensors, prefix, (DIFFUSION, TEXT_ENCODER)) != "unknown":
+            return "" if prefix in _DETECTED_PREFIXES else prefix
+    return ""
+
+
+def _prefixes(key: str) -> Iterable[str]:
+    """The first one, two and three parts of a name: "a.b.c.d" has "a.", "a.b." and "a.b.c."."""
+    parts = key.split(".", 3)[:-1]
+    return (".".join(parts[:count]) + "." for count in range(1, len(parts) + 1))
+
+
+def _renamed(tensors: Mapping[str, TensorInfo], main: Component) -> str:
+    parts = main.preset.renamed
+    names = (key for key in tensors if parts and key.startswith(main.prefix) and key.endswith(".weight"))
+    return next((name for name in names if any(part in name for part in parts)), "")
+
+
 def _other_components(tensors: Mapping[str, TensorInfo], main_prefix: str) -> Iterator[Component]:
     prefixes = {match.group() for key in tensors if (match := _TEXT_ENCODER_PREFIX.match(key))}
     for prefix in sorted(prefixes, key=len, reverse=True):
@@ -326,4 +364,101 @@ def diffusers_model(tensors: Mapping[str, TensorInfo]) -> str | None:
     for model, starts in _DIFFUSERS.items():
         if all(any(key.startswith(start) for key in tensors) for start in starts.split()):
             return model
+    return None
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """A kind of file that holds Linear-shaped weights, but no whole model."""
+
+    title: str
+    way_out: str
+    words: tuple[str, ...]
+    """A name that matches holds one of these. A quick test, since hostile files have many and long names."""
+    pattern: re.Pattern[str]
+    """Of its tensor names."""
+    share: float = 0.0
+    """More than this share of the names match."""
+
+    def holds(self, tensors: Collection[str]) -> bool:
+        """Whether these are names of such a file."""
+        found = sum(bool(self.pattern.search(key)) for key in tensors if any(word in key for word in self.words))
+        return found > self.share * len(tensors)
+
+
+_FOREIGN = (
+    ForeignFile(
+        "a LoRA",
+        "quantize the model that it belongs to (Stochastic FP8 Quantize applies LoRAs that are loaded before it)",
+        ("lora", "lokr", "loha", "hada", "lycoris", "oft", "dora", ".diff", ".set_weight"),
+        re.compile(
+            r"(?:^|[._])(?:lora|lokr|loha|hada|lycoris|oft|boft|glora|dora)\d*[._]|\.(?:diff|diff_b|set_weight)$"
+        ),
+        0.5,
+    ),
+    ForeignFile(
+        "a ControlNet or T2I-Adapter",
+        "use it as it is, beside a quantized model",
+        ("control", "input_hint_block", "zero_", "lllite", "body."),
+        re.compile(
+            r"^(?:\w+\.)?(?:control_model\.|input_hint_block\.|controlnet_|control_img_in\.|control_blocks\.|zero_convs\.|"
+            r"zero_res|control_layers\.|control_all_x_embedder\.|lllite_|lora_controlnet|body\.\d+\.(?:block|resnets)\w*\.)"
+        ),
+    ),
+    ForeignFile(
+        "an IP-Adapter or a similar adapter",
+        "use it as it is, beside a quantized model",
+        ("ip_adapter", "image_proj", "pulid_", "id_adapter", "id_encoder", "redux_", "k_ip", "v_ip", "motion_modules"),
+        re.compile(
+            r"^(?:ip_adapter|image_proj|image_proj_model|ip_adapter_proj_model|pulid_\w+|id_adapter\w*|id_encoder|"
+            r"redux_\w+)\.|[._]ip_adapter[._]|\.to_[kv]_ip\.|\.motion_modules\."
+        ),
+        0.5,
+    ),
+    ForeignFile(
+        "a textual-inversion embedding",
+        "use it as it is, from models/embeddings",
+        ("emb_params", "string_to_", "clip_", "t5xxl", "<"),
+        re.compile(r"^(?:emb_params|string_to_\w+(?:\..*)?|clip_[lgh]|t5xxl|umt5xxl|<.*>)$"),
+        0.5,
+    ),
+)
+
+_SHARD = re.compile(r"(?<!\d)0*(\d{1,6})[-_. ]of[-_. ]0*(\d{1,6})(?!\d)", re.IGNORECASE)
+
+
+def foreign_kind(tensors: Collection[str], file_name: str = "") -> tuple[str, str] | None:
+    """What a file is that holds no whole model, and the way out: a LoRA, an adapter, a ControlNet, an embedding, or by
+    its file name one shard of a set. None for all others."""
+    checkpoint = any(key.startswith("model.diffusion_model.") for key in tensors)  # it may hold a ControlNet as well
+    for kind in _FOREIGN:
+        if kind.holds(tensors) and (kind.share or not checkpoint):
+            return kind.title, kind.way_out
+    shard = _SHARD.search(file_name)
+    if shard and int(shard[2]) > 1 and file_name.endswith(".safetensors"):
+        return f"file {shard[1]} of the {shard[2]} that hold one model", "give the .safetensors.index.json of the set"
+    return None
+
+
+_OTHER_QUANTIZERS = {
+    "bitsandbytes (NF4 or FP4)": re.compile(r"\.(?:absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)$"),
+    "bitsandbytes (int8)": re.compile(r"\.SCB$"),
+    "SVDQuant (Nunchaku)": re.compile(r"\.(?:wscales|wtscale|smooth_factor|smooth_factor_orig)$"),
+    "quanto": re.compile(r"\._(?:data|scale|shift)$"),
+    "GPTQ or AWQ": re.compile(r"\.(?:qweight|qzeros)$"),
+    "HQQ": re.compile(r"\.W_q$"),
+}
+"""Program whose quantized weights ComfyUI reads with a custom node only -> its tensor names."""
+
+_END = 64
+"""Characters at the end of a name that these patterns look at."""
+
+
+def other_quantizer(tensors: Iterable[str]) -> tuple[str, str] | None:
+    """The program that quantized a file to a format that is not FP8, and one of its tensors. None for all others."""
+    names = [key for key in tensors if not key.endswith((".weight", ".bias"))]
+    for program, pattern in _OTHER_QUANTIZERS.items():
+        for name in names:
+            if pattern.search(name[-_END:]):
+                return program, name
     return None

@@ -14,6 +14,7 @@ from .. import display
 from ..choices import choose
 from ..errors import UnknownPatternError
 from ..files.header import TensorInfo
+from ..numerics.formats import FORMATS
 from .patterns import Pattern, PatternSet, check_length, no_match
 from .presets import FAMILIES, NEVER_QUANTIZED, PRESETS, Component, Components
 from .reasons import (
@@ -155,7 +156,7 @@ class _Rules:
     hits: Counter[str] = field(default_factory=Counter)
     """Pattern -> names that it matched."""
     kept_elements: Counter[str] = field(default_factory=Counter)
-    """Pattern -> parameters that it kept."""
+    """Pattern -> parameters that it kept in high precision."""
 
     def __post_init__(self) -> None:
         self.user_keep = self._parse_users(self.keep)
@@ -218,7 +219,7 @@ class _Rules:
             return Reason(NOT_NAMED)
         kept = self._hits(name, self.user_keep)
         if kept:
-            self.kept_elements[kept] += info.elements
+            self._count_kept(kept, info)
             return Reason(KEEP_PATTERN, pattern=kept)
         return None
 
@@ -228,9 +229,14 @@ class _Rules:
         family = self._family(component)
         kept = self._hits(name.removeprefix(component.prefix), self.presets[component])
         if kept:
-            self.kept_elements[kept] += info.elements
+            self._count_kept(kept, info)
             return Reason(PRESET_PATTERN, pattern=kept, preset=family)
         return Reason(NETWORK_END) if name in self.ends else None
+
+    def _count_kept(self, pattern: str, info: TensorInfo) -> None:
+        """What was FP8 before and stays so is not in high precision."""
+        if info.dtype not in FORMATS:
+            self.kept_elements[pattern] += info.elements
 
     def _hits(self, name: str, patterns: PatternSet) -> str:
         """The text of the first pattern that matches, or "". Counts every pattern that does."""

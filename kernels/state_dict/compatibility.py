@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from ..numerics.formats import FORMATS
 from ..selection.presets import DIFFUSION, TEXT_ENCODER, Components
 
-EXACT, DEGRADED, WRONG, FAILS = "exact", "degraded", "wrong image", "fails to load"
+EXACT, DEGRADED, CANNOT_TELL, WRONG = "exact", "degraded", "cannot tell", "wrong image"
+FAILS_LATER, FAILS, NOT_RECOGNISED = "fails in the sampler", "fails to load", "not recognised"
+OUTCOMES = (EXACT, DEGRADED, CANNOT_TELL, WRONG, FAILS_LATER, FAILS, NOT_RECOGNISED)
+"""From the best to the worst. "exact" is said only of what was loaded and sampled."""
 
 LEGACY, HEADER, INLINE = "legacy", "header", "inline"
 """The ways to mark a layer as scaled FP8."""
@@ -20,6 +23,10 @@ ENTRIES = "entries"
 """Header or inline entries, or both."""
 E4M3, E5M2, T5XXL, LLM = "float8_e4m3fn", "float8_e5m2", "t5xxl", "llm"
 ALL_IN_ONE = "all in one"
+UNKNOWN = "unknown"
+"""The family, where the keys match none that the pack knows."""
+UNDETECTED, RENAMED = "undetected prefix", "renamed layers"
+"""Components.undetected_prefix and Components.renamed."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +36,13 @@ class Verdict:
     generation: str
     """The ComfyUI version."""
     outcome: str
-    """EXACT, DEGRADED, WRONG or FAILS."""
+    """One of OUTCOMES."""
     text: str
     """Why, or on what condition; "" if there is nothing to add."""
 
     @property
     def usable(self) -> bool:
-        return self.outcome in (EXACT, DEGRADED)
+        return self.outcome in (EXACT, DEGRADED, CANNOT_TELL)
 
     def __str__(self) -> str:
         return f"{self.generation}: {self.outcome}" + (f"; {self.text}" if self.text else "")
@@ -43,7 +50,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Rule:
-    """Applies to a file with all of these traits: ways, formats, family and kind of network, ALL_IN_ONE."""
+    """Applies to a file with all of these traits: ways, formats, family and kind of network, ALL_IN_ONE, UNDETECTED,
+    RENAMED."""
 
     traits: frozenset[str]
     outcome: str
@@ -54,12 +62,28 @@ def _rule(traits: Collection[str], outcome: str, text: str = "") -> Rule:
     return Rule(frozenset(traits), outcome, text)
 
 
+OLD, NEW = "ComfyUI 0.3.75", "ComfyUI 0.33"
+
+_NOT_DETECTED = _rule(
+    [UNDETECTED], NOT_RECOGNISED, "the names carry a prefix under which ComfyUI detects no model: rename the tensors"
+)
+_FAMILY_UNKNOWN = "the pack does not know the model family, nor what ComfyUI makes of its names"
+
 VERSIONS: dict[str, tuple[Rule, ...]] = {
-    "ComfyUI 0.3.75": (
+    OLD: (
+        _NOT_DETECTED,
+        _rule([LEGACY, UNKNOWN], CANNOT_TELL, _FAMILY_UNKNOWN),
         _rule([LEGACY], DEGRADED, "every unquantized Linear weight and every bias is cast to FP8 without a scale"),
         _rule([HEADER, T5XXL], WRONG, "T5 is read in the legacy layout only"),
         _rule([HEADER, E5M2], FAILS, "float8_e5m2 entries are unknown (KeyError)"),
         _rule([HEADER, ALL_IN_ONE], WRONG, "all-in-one checkpoints are read in the legacy layout only (noise)"),
+        _rule([HEADER, UNKNOWN], CANNOT_TELL, _FAMILY_UNKNOWN),
+        _rule(
+            [HEADER, RENAMED],
+            WRONG,
+            "HunyuanVideo under Tencent's names: the loader renames the weights, but not the header entries; layout "
+            "legacy is read",
+        ),
         _rule(
             [HEADER, TEXT_ENCODER],
             DEGRADED,
@@ -75,10 +99,13 @@ VERSIONS: dict[str, tuple[Rule, ...]] = {
         _rule([INLINE], WRONG, "inline entries are not read: the codes are used as weights, without their scales"),
         _rule([], WRONG, "not all layers are marked as scaled: codes are used as weights, without their scales"),
     ),
-    "ComfyUI 0.33": (
+    NEW: (
+        _NOT_DETECTED,
+        _rule([ENTRIES, UNKNOWN], CANNOT_TELL, _FAMILY_UNKNOWN),
         _rule([ENTRIES, E5M2], EXACT, "if its comfy.quant_ops.QUANT_ALGOS lists float8_e5m2"),
         _rule([ENTRIES], EXACT),
         _rule([LEGACY, E5M2], WRONG, "legacy E5M2 is read as E4M3, without an error: the image is garbage"),
+        _rule([LEGACY, UNKNOWN], CANNOT_TELL, _FAMILY_UNKNOWN),
         _rule([LEGACY], EXACT),
         _rule([], WRONG, "not all layers are marked as scaled: codes are used as weights, without their scales"),
     ),
@@ -87,14 +114,19 @@ VERSIONS: dict[str, tuple[Rule, ...]] = {
 
 
 def verdicts(
-    ways: Collection[str], formats: Collection[str], family: str, kind: str, all_in_one: bool
+    ways: Collection[str],
+    formats: Collection[str],
+    family: str,
+    kind: str,
+    all_in_one: bool,
+    names: Collection[str] = (),
 ) -> tuple[Verdict, ...]:
     """The Verdict of each version.
 
     ways: those of LEGACY, HEADER and INLINE that cover every scaled layer. formats: those of the layers. family, kind:
-    of the main network. all_in_one: whether its layers carry a prefix.
+    of the main network. all_in_one: whether its layers carry a prefix. names: which of UNDETECTED and RENAMED apply.
     """
-    traits = {*ways, *formats, family, kind}
+    traits = {*ways, *formats, family, kind, *names}
     if {HEADER, INLINE} & traits:
         traits.add(ENTRIES)
     if all_in_one:
@@ -112,8 +144,19 @@ FIRST_NEW = (0, 4)
 
 def layout_verdicts(layout: str, formats: Collection[str], components: Components) -> tuple[Verdict, ...]:
     """The Verdict of each version on a file that the pack writes. layout: a key of LAYOUTS. formats: of its layers."""
+    return file_verdicts(WAYS[layout], formats, components)
+
+
+def file_verdicts(ways: Collection[str], formats: Collection[str], components: Components) -> tuple[Verdict, ...]:
+    """verdicts() for a file that holds these networks."""
     main = components.main
-    return verdicts(WAYS[layout], formats, main.family, main.preset.kind, components.all_in_one)
+    names = [UNDETECTED] * bool(components.undetected_prefix) + [RENAMED] * bool(components.renamed)
+    return verdicts(ways, formats, main.family, main.preset.kind, components.all_in_one, names)
+
+
+def worst(verdict: Verdict, others: Iterable[Verdict]) -> Verdict:
+    """The verdict with the worst outcome; of equal ones the first."""
+    return max([verdict, *others], key=lambda each: OUTCOMES.index(each.outcome))
 
 
 def is_new(version: str) -> bool:
@@ -142,13 +185,19 @@ def check_usable(version: str, layout: str, formats: Collection[str], components
         return found
     others = [f"layout {other}" for other in WAYS if other != layout and verdict(other, formats).usable]
     others += [other for other in FORMATS if {other} != {*formats} and verdict(layout, [other]).usable]
+    choose = f"Choose {' or '.join(others)}, or turn" if others else "Turn"
     raise ValueError(
-        f"ComfyUI {version} {_WOULD[found.outcome]}: {found.text}. Choose {' or '.join(others)}, or turn on "
-        "for_another_comfyui to write it for another installation"
+        f"ComfyUI {version} {_WOULD[found.outcome]}: {found.text}. {choose} on for_another_comfyui to write it for "
+        "another installation"
     )
 
 
-_WOULD = {WRONG: "would show a wrong image from this file", FAILS: "would not load this file"}
+_WOULD = {
+    WRONG: "would show a wrong image from this file",
+    FAILS_LATER: "would load this file and then fail in the sampler",
+    FAILS: "would not load this file",
+    NOT_RECOGNISED: "would not recognise this file",
+}
 
 _MARKINGS = {
     "header, with or without inline (`native` writes both)": [HEADER],
@@ -157,11 +206,13 @@ _MARKINGS = {
     "none, or not all layers": [],
 }
 _FORMATS = {"E4M3": E4M3, "E5M2": E5M2}
-_NETWORKS = {
-    "diffusion model": ("unknown", DIFFUSION, False),
-    "all-in-one checkpoint": ("unknown", DIFFUSION, True),
-    "T5-XXL": (T5XXL, TEXT_ENCODER, False),
-    "LLM text encoder": (LLM, TEXT_ENCODER, False),
+_NETWORKS: dict[str, tuple[str, str, bool, tuple[str, ...]]] = {
+    "diffusion model": ("sd3", DIFFUSION, False, ()),
+    "HunyuanVideo under Tencent's names": ("hunyuan_video", DIFFUSION, False, (RENAMED,)),
+    "all-in-one checkpoint": ("sd3", DIFFUSION, True, ()),
+    "T5-XXL": (T5XXL, TEXT_ENCODER, False, ()),
+    "LLM text encoder": (LLM, TEXT_ENCODER, False, ()),
+    "unknown family": (UNKNOWN, DIFFUSION, False, ()),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -18,20 +17,20 @@ def make_codes(state: ScaledStateDict, device: torch.device, progress: ProgressC
 
     The codes of one weight travel from the GPU while the next one is rounded. Raises what the rounding pass raises.
     """
-    names = state.pending
-    if not names:
+    pending = dict(state.pending)
+    if not pending:
         return
-    meter = Meter(sum(state.weights[name].source_bytes for name in names), progress)
+    meter = Meter(sum(weight.source_bytes for weight in pending.values()), progress)
     in_flight: list[tuple[str, torch.Tensor, Callable[[], torch.Tensor]]] = []  # at most one weight
 
     def land() -> None:
         for name, scale, codes in in_flight:
-            state.weights[name] = replace(state.weights[name], codes=TensorEntry.of(codes()), scale=scale.to(device))
+            state.weights[name] = state.pending.pop(name).coded(TensorEntry.of(codes()), scale.to(device))
         in_flight.clear()
 
-    with state.start_pass(names) as rounds:
+    with state.start_pass(list(pending)) as rounds:
         for name, round_weight in rounds:
-            meter.start(state.weights[name].key, state.weights[name].source_bytes)
+            meter.start(pending[name].key, pending[name].source_bytes)
             land()
             q = round_weight(None)
             if q is not None:

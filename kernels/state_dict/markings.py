@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import file_error
+from ..files.bounded_json import MAX_VALUES, TooLargeError, count_values, parse_json
 from ..files.reader import Source, StoredTensor
 from ..numerics.formats import FORMATS
 from .layouts import (
@@ -22,6 +23,8 @@ from .layouts import (
 
 MAX_INLINE = 1 << 16
 """Bytes. An inline entry is one small JSON object."""
+MAX_ALL_INLINE = 16 << 20
+"""Bytes of all inline entries together."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Markings:
     tensors: dict[str, str] = field(default_factory=dict)
     """Name of each tensor above -> its layer; "" for a legacy marker."""
 
-    def entry(self, layer: str, prefix: str = "") -> dict:
+    def entry(self, layer: str, prefix: str = "") -> dict[str, object]:
         """What is declared for a layer; its name may be given without the prefix. The header overrides inline."""
         for entries, name in ((self.header, layer), (self.header, layer.removeprefix(prefix)), (self.inline, layer)):
             if name in entries:
@@ -60,8 +63,12 @@ class Markings:
 
 
 def read_markings(source: Source) -> Markings:
-    """Gather what a file says about scaling. Reads the header and the inline entries."""
+    """Gather what a file says about scaling. Reads the header and the inline entries.
+
+    Raises CheckpointError for entries beyond the limits.
+    """
     markings = Markings()
+    inline = {}
     for name, tensor in source.tensors.items():
         layer, dot, ending = name.rpartition(".")
         if dot + ending in WEIGHT_SCALES:
@@ -72,15 +79,21 @@ def read_markings(source: Source) -> Markings:
         elif dot + ending in INPUT_SCALES:
             markings.input_scales[layer] = name
         elif dot + ending == INLINE_SUFFIX:
-            markings.inline[layer] = _read_inline(source, name, markings.faults)
+            inline[layer] = name
         elif ending == LEGACY_MARKER:
             markings.legacy[layer + dot] = tensor
             layer = ""
         else:
             continue
         markings.tensors[name] = layer
+    markings.inline = _read_inline(source, inline, markings.faults)
     if HEADER_ENTRY in source.metadata:
-        markings.header = _read_header_entry(source.metadata[HEADER_ENTRY], markings.faults)
+        try:
+            markings.header = _read_header_entry(source.metadata[HEADER_ENTRY], markings.faults)
+        except TooLargeError as error:
+            raise file_error(
+                source.path, f"has a {HEADER_ENTRY} beyond the limits: {error}; start from the 16-bit file"
+            ) from error
     return markings
 
 
@@ -140,11 +153,30 @@ def read_scales(source: Source, name: str) -> torch.Tensor:
     return scale
 
 
-def _read_inline(source: Source, name: str, faults: dict[str, str]) -> object:
-    if source.tensors[name].nbytes > MAX_INLINE:
-        faults[name] = "is too large for an inline entry"
-        return {}
-    return _parse_json(source.read_bytes(name), name, faults)
+def _read_inline(source: Source, names: Mapping[str, str], faults: dict[str, str]) -> dict[str, object]:
+    """layer -> its entry. names: layer -> the tensor that holds it."""
+    size = sum(source.tensors[name].nbytes for name in names.values())
+    if size > MAX_ALL_INLINE:
+        raise file_error(
+            source.path,
+            f"has {size:,} bytes of inline entries; at most {MAX_ALL_INLINE:,} are read: start from the 16-bit file",
+        )
+    entries: dict[str, object] = {}
+    values = 0
+    for layer, name in names.items():
+        entries[layer] = {}
+        if source.tensors[name].nbytes > MAX_INLINE:
+            faults[name] = "is too large for an inline entry"
+            continue
+        text = source.read_bytes(name)
+        values += count_values(text)
+        if values > MAX_VALUES:
+            raise file_error(
+                source.path,
+                f"has inline entries of more than {MAX_VALUES:,} values together; start from the 16-bit file",
+            )
+        entries[layer] = _parse_json(text, name, faults)
+    return entries
 
 
 def _read_header_entry(text: str, faults: dict[str, str]) -> dict[str, object]:
@@ -158,7 +190,9 @@ def _read_header_entry(text: str, faults: dict[str, str]) -> dict[str, object]:
 
 def _parse_json(text: str | bytes, where: str, faults: dict[str, str]) -> object:
     try:
-        return json.loads(text)
+        return parse_json(text)
+    except TooLargeError:
+        raise
     except (ValueError, RecursionError) as error:
         faults[where] = f"is not JSON: {error}"
         return {}

@@ -22,9 +22,12 @@ from .markings import Markings, read_markings, read_scale, scaled_layers
 from .scaled_state_dict import FileEntry, ScaledStateDict, ScaledWeight, TensorEntry
 from .write import write_state_dict
 
+SCALE_ROWS = "scale_rows"
+"""The code of a finding about scales that no layout of the pack can hold."""
+
 
 def repair_file(
-    path: str | os.PathLike, target: str | os.PathLike, *, layout: str = "native", overwrite: bool = False
+    path: str | os.PathLike[str], target: str | os.PathLike[str], *, layout: str = "native", overwrite: bool = False
 ) -> Inspection:
     """Write a sound copy of a scaled FP8 file: every code bit for bit, scales in fp32 0-dim, markers of one layout.
 
@@ -40,10 +43,15 @@ def repair_file(
         other = [finding for finding in findings if finding.code == "other_format"]
         if other:
             raise file_error(source.path, f"cannot be repaired: {other[0].where} {other[0].what}")
-        broken = [finding for finding in findings if finding.severity == ERROR and not finding.repairable]
+        broken = [
+            finding
+            for finding in findings
+            if (finding.severity == ERROR or finding.code == SCALE_ROWS) and not finding.repairable
+        ]
         if broken:
             raise file_error(source.path, f"cannot be repaired: {broken[0]} ({len(broken)} such findings)")
-        return write_state_dict(repaired_state_dict(source), target, layout=layout, overwrite=overwrite)
+        state = repaired_state_dict(source)
+        return write_state_dict(state, target, layout=layout, overwrite=overwrite, source=source)
 
 
 def repaired_state_dict(source: Source) -> ScaledStateDict:

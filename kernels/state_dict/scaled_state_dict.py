@@ -8,7 +8,7 @@ by the RoundingPass of the engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -71,15 +71,11 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class ScaledWeight:
-    """A weight as FP8 codes with a scale; pending as long as codes and scale are None."""
+class PendingWeight:
+    """A weight that will be FP8 codes with a scale; the engine makes both when its turn comes."""
 
     layer: ScaledLayer
     shape: tuple[int, ...]
-    codes: Entry | None = None
-    """float8, of the weight's shape."""
-    scale: torch.Tensor | None = None
-    """fp32, 0-dim."""
     input_scale: torch.Tensor | None = None
     """fp32, 0-dim: the scale of the layer's inputs where FP8 matmul casts them."""
     source_bytes: int = 0
@@ -89,6 +85,31 @@ class ScaledWeight:
     def key(self) -> str:
         """The tensor key: the name without the prefix of its network."""
         return self.layer.weight.removeprefix(self.layer.prefix)
+
+    @property
+    def info(self) -> TensorInfo:
+        """dtype and shape of the codes."""
+        return TensorInfo(self.layer.format, self.shape)
+
+    def coded(self, codes: Entry, scale: torch.Tensor) -> ScaledWeight:
+        """The weight once its codes and scale are made."""
+        return ScaledWeight(self.layer, self.shape, codes, scale, self.input_scale, self.source_bytes)
+
+
+@dataclass(frozen=True)
+class ScaledWeight:
+    """A weight as FP8 codes with a scale."""
+
+    layer: ScaledLayer
+    shape: tuple[int, ...]
+    codes: Entry
+    """float8, of the weight's shape."""
+    scale: torch.Tensor
+    """fp32, 0-dim."""
+    input_scale: torch.Tensor | None = None
+    """As PendingWeight's."""
+    source_bytes: int = 0
+    """As PendingWeight's."""
 
     @property
     def info(self) -> TensorInfo:
@@ -113,39 +134,52 @@ RoundingPass = Callable[[Sequence[str]], AbstractContextManager[Iterator[tuple[s
 
 @dataclass
 class ScaledStateDict:
-    """Tensors and scaled weights by published name; no name is in both."""
+    """Tensors, scaled weights and pending weights by published name; a name is in one of them only."""
 
     tensors: dict[str, Entry] = field(default_factory=dict)
     weights: dict[str, ScaledWeight] = field(default_factory=dict)
+    pending: dict[str, PendingWeight] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
-    start_pass: RoundingPass | None = None
+    rounding_pass: RoundingPass | None = None
     """Makes the codes of pending weights; None where there are none."""
 
     @property
     def layers(self) -> tuple[ScaledLayer, ...]:
-        return tuple(weight.layer for weight in self.weights.values())
-
-    @property
-    def pending(self) -> tuple[str, ...]:
-        """Names of the weights whose codes are not made yet."""
-        return tuple(name for name, weight in self.weights.items() if weight.codes is None)
+        """Every layer that is scaled or will be."""
+        return tuple(weight.layer for weight in self._all_weights())
 
     @property
     def source_bytes(self) -> int:
         """Bytes to read for all tensors."""
         tensors = sum(entry.info.nbytes for entry in self.tensors.values())
-        return tensors + sum(weight.source_bytes for weight in self.weights.values())
+        return tensors + sum(weight.source_bytes for weight in self._all_weights())
+
+    def start_pass(self, names: Sequence[str]) -> AbstractContextManager[Iterator[tuple[str, Round]]]:
+        """Start to quantize pending weights, in this order. To be called once."""
+        return self.rounding_pass(names) if self.rounding_pass and names else nullcontext(iter(()))
 
     def add_weight(self, name: str, weight: ScaledWeight) -> None:
         """Add a scaled weight in place of the tensor of this name and of whatever marked that tensor before."""
-        for obsolete in (name, *marking_names(weight.layer.name)):
-            self.tensors.pop(obsolete, None)
+        self._remove(name, weight.layer)
         self.weights[name] = weight
 
+    def add_pending(self, name: str, weight: PendingWeight) -> None:
+        """The same for a weight that is quantized later."""
+        self._remove(name, weight.layer)
+        self.pending[name] = weight
+
     def keep(self, name: str, entry: Entry) -> None:
-        """Replace a weight that cannot be quantized by its tensor."""
-        del self.weights[name]
+        """Replace a pending weight that cannot be quantized by its tensor."""
+        del self.pending[name]
         self.tensors[name] = entry
+
+    def _all_weights(self) -> Iterator[ScaledWeight | PendingWeight]:
+        yield from self.weights.values()
+        yield from self.pending.values()
+
+    def _remove(self, name: str, layer: ScaledLayer) -> None:
+        for obsolete in (name, *marking_names(layer.name)):
+            self.tensors.pop(obsolete, None)
 
     def add(self, other: ScaledStateDict, prefix: str = "") -> None:
         """Add the tensors and weights of another network, none pending, under a prefix."""
@@ -163,10 +197,10 @@ class ScaledStateDict:
         """
         small = layout.markers(self.layers)
         for weight in self.weights.values():
-            if weight.scale is not None:
-                small[weight.layer.name + layout.weight_scale] = weight.scale.cpu()
-            if weight.input_scale is not None:
-                small[weight.layer.name + layout.input_scale] = weight.input_scale.cpu()
+            small[weight.layer.name + layout.weight_scale] = weight.scale.cpu()
+        for any_weight in self._all_weights():
+            if any_weight.input_scale is not None:
+                small[any_weight.layer.name + layout.input_scale] = any_weight.input_scale.cpu()
         return small
 
     def infos(self, layout: Layout) -> dict[str, TensorInfo]:
@@ -174,6 +208,7 @@ class ScaledStateDict:
         return {
             **{name: entry.info for name, entry in self.tensors.items()},
             **{name: weight.info for name, weight in self.weights.items()},
+            **{name: weight.info for name, weight in self.pending.items()},
             **{layer.name + layout.weight_scale: TensorInfo("float32", ()) for layer in self.layers},
             **{name: TensorInfo.of(tensor) for name, tensor in self.small_tensors(layout).items()},
         }

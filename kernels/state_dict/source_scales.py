@@ -7,6 +7,9 @@ musubi-tuner and kohya ([out, blocks, 1]).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
 USUAL_BLOCK = 128
@@ -25,12 +28,20 @@ def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     values = codes.float()
     if scale.numel() == 1:
         return values * scale.float().reshape(())
-    rows, columns = _block_counts(codes, scale)
+    rows, columns = _block_counts(codes.shape, scale.shape)
     grid = scale.float().to(codes.device).reshape(rows, columns)
     for dim, (side, count) in enumerate(zip(codes.shape, (rows, columns), strict=True)):
         if count not in (1, side):
             grid = grid.repeat_interleave(block_size(side, count), dim).narrow(dim, 0, side)
     return values * grid
+
+
+def check_shapes(codes: Sequence[int], scale: Sequence[int]) -> None:
+    """Raises ValueError where dequantize_blocks would, from the shapes alone."""
+    if math.prod(scale) != 1:
+        for side, count in zip(codes, _block_counts(codes, scale), strict=True):
+            if count not in (1, side):
+                block_size(side, count)
 
 
 def block_size(side: int, count: int) -> int:
@@ -39,7 +50,7 @@ def block_size(side: int, count: int) -> int:
     Raises ValueError where several sizes are plausible.
     """
     sizes = {size for size in _POWERS_OF_TWO if -(-side // size) == count}
-    if side % count == 0:
+    if count and side % count == 0:
         sizes.add(side // count)
     if USUAL_BLOCK in sizes:
         return USUAL_BLOCK
@@ -48,15 +59,15 @@ def block_size(side: int, count: int) -> int:
     return sizes.pop()
 
 
-def _block_counts(codes: torch.Tensor, scale: torch.Tensor) -> tuple[int, int]:
-    """(rows, columns) of the grid of blocks."""
-    if codes.ndim == 2:
-        out, inputs = codes.shape
-        shape = tuple(scale.shape)
+def _block_counts(codes: Sequence[int], scale: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of the grid of blocks, from the shapes of a weight and its scale."""
+    if len(codes) == 2:
+        out, inputs = codes
+        shape = tuple(scale)
         if shape == (out,) and out != inputs:
             return out, 1
         if len(shape) == 2 and shape[0] <= out and shape[1] <= inputs:
             return shape
         if len(shape) == 3 and shape[0] == out and shape[2] == 1 and shape[1] <= inputs:
             return out, shape[1]
-    raise ValueError(f"shape {tuple(scale.shape)} does not fit a weight of shape {tuple(codes.shape)}")
+    raise ValueError(f"shape {tuple(scale)} does not fit a weight of shape {tuple(codes)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +11,8 @@ import torch
 from ..choices import choose
 from ..errors import file_error
 from ..files.background import Background
+from ..files.header import check_count
+from ..files.reader import Source
 from ..files.staging import alternating_buffers
 from ..files.writer import Writer, writing
 from ..numerics.quantized_tensor import QuantizedTensor
@@ -19,7 +20,7 @@ from ..numerics.transfers import copy
 from ..progress import Meter, ProgressCallback
 from .inspection import ERROR, Finding, Inspection, inspect_source
 from .layouts import LAYOUTS, Layout
-from .scaled_state_dict import ScaledStateDict
+from .scaled_state_dict import Entry, ScaledStateDict
 
 INLINE_BYTES = 1 << 20
 """Smaller tensors are written by the calling thread: handing them to another one would cost more."""
@@ -30,36 +31,40 @@ LEGACY_E5M2 = "legacy_e5m2"
 
 def write_state_dict(
     state: ScaledStateDict,
-    target: str | os.PathLike,
+    target: str | os.PathLike[str],
     *,
     layout: str = "native",
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    source: Source | None = None,
     accept: Collection[tuple[str, str]] = (),
     progress: ProgressCallback | Meter | None = None,
 ) -> Inspection:
     """Write a state dict to a .safetensors file, tensor by tensor, and verify it before it appears.
 
     Pending weights are quantized when their turn comes: while one is rounded, the one before is written. layout: a key
-    of LAYOUTS. metadata: entries to add. accept: (finding code, tensor name) of errors that are no reason not to write
-    the file. Returns the inspection of the written file.
+    of LAYOUTS. metadata: entries to add. source: the open file that the state dict reads, which must not change.
+    accept: (finding code, tensor name) of errors that are no reason not to write the file. Returns the inspection of
+    the written file.
 
     Raises CheckpointError: the target cannot be written, the layout cannot describe these layers, or ComfyUI could not
     use the file; what the rounding pass raises. The target is then unchanged.
     """
     target, chosen = Path(target), choose(LAYOUTS, layout, "layout")
     try:
+        check_count(len(state.tensors) + 2 * len(state.layers))  # every layout writes a scale per weight
         small = state.small_tensors(chosen)
     except ValueError as error:
         raise file_error(target, str(error)) from error
     infos = state.infos(chosen)
     entries = state.metadata | chosen.metadata(state.layers) | dict(metadata or {})
     meter = progress if isinstance(progress, Meter) else Meter(state.source_bytes, progress)
-    with writing(target, infos, entries, overwrite=overwrite) as writer:
+    with writing(target, infos, entries, overwrite=overwrite, source=source) as writer:
         for name, tensor in small.items():
             writer.write(name, tensor)
-        order = [name for name in writer.order if name in state.tensors or name in state.weights]
-        _stream(state, writer, order, chosen, meter)
+        stored = state.tensors | {name: weight.codes for name, weight in state.weights.items()}
+        order = [name for name in writer.order if name in stored or name in state.pending]
+        _stream(state, stored, writer, order, chosen, meter)
         with writer.reopen(target) as written:
             inspection = inspect_source(written)
         _check(inspection, target, accept)
@@ -67,34 +72,30 @@ def write_state_dict(
     return inspection
 
 
-def _stream(state: ScaledStateDict, writer: Writer, order: list[str], layout: Layout, meter: Meter) -> None:
-    """Write the tensors in the order of the file."""
-    pending = set(state.pending)
-    names = [name for name in order if name in pending]
-    largest = max((state.weights[name].info.nbytes for name in names), default=0)
-    buffers = alternating_buffers(largest)
+def _stream(
+    state: ScaledStateDict, stored: Mapping[str, Entry], writer: Writer, order: list[str], layout: Layout, meter: Meter
+) -> None:
+    """Write the tensors in the order of the file. stored: those that are not pending."""
+    names = [name for name in order if name in state.pending]
+    buffers = alternating_buffers(max((state.pending[name].info.nbytes for name in names), default=0))
     buffer = next(buffers)
-    with Background("write") as background, _start_pass(state, names) as rounds:
+    with Background("write") as background, state.start_pass(names) as rounds:
         for name in order:
-            if name not in pending:
-                entry = state.tensors.get(name) or state.weights[name].codes
-                meter.start(name, entry.info.nbytes)
-                background.run(entry.write, writer, name, here=entry.info.nbytes < INLINE_BYTES)
+            if name in stored:
+                nbytes = stored[name].info.nbytes
+                meter.start(name, nbytes)
+                background.run(stored[name].write, writer, name, here=nbytes < INLINE_BYTES)
                 continue
-            weight = state.weights[name]
+            weight = state.pending[name]
             meter.start(weight.key, weight.source_bytes)
             _, round_weight = next(rounds)
             with torch.inference_mode():  # in which small operations cost less
                 q = round_weight(buffer)
             if q is None:
                 continue
-            small = weight.info.nbytes < INLINE_BYTES
-            background.run(_write_codes, writer, name, weight.layer.name + layout.weight_scale, q, buffer, here=small)
+            small, scale_name = weight.info.nbytes < INLINE_BYTES, weight.layer.name + layout.weight_scale
+            background.run(_write_codes, writer, name, scale_name, q, buffer, here=small)
             buffer = next(buffers)
-
-
-def _start_pass(state: ScaledStateDict, names: list[str]):
-    return state.start_pass(names) if names else nullcontext()
 
 
 def _write_codes(writer: Writer, name: str, scale_name: str, q: QuantizedTensor, buffer: torch.Tensor) -> None:

@@ -17,13 +17,13 @@ def to_markdown(comparison: Comparison) -> str:
     """The recommendations, then one row per format and rounding with medians over the layers."""
     calibrated = comparison.calibration is not None
     unseen = describe_unseen(comparison)
-    calibration = f", calibration {comparison.calibration or 'without a name'}" if calibrated else ""
+    calibration = f", calibration {display.markdown(comparison.calibration or 'without a name')}" if calibrated else ""
     lines = [
         *recommendations(comparison),
         *([unseen] if unseen else []),
         "",
-        f"{comparison.source}: {describe_sample(comparison)}, scaling {comparison.scaling}{calibration}; medians over "
-        "layers",
+        f"{display.markdown(comparison.source)}: {describe_sample(comparison)}, scaling {comparison.scaling}"
+        f"{calibration}; medians over layers",
         "",
         f"| {' | '.join((*COLUMNS, OUTPUT_COLUMN) if calibrated else COLUMNS)} |",
         f"|---|---|---:|---:|---:|---:|{'---:|' if calibrated else ''}",

@@ -1,6 +1,7 @@
 """Calibrated rounding against textbook GPTQ, exhaustive search and the layer's real outputs."""
 
 import itertools
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,6 +12,7 @@ from stochastic_fp8_pack.kernels.calibration import gptq, moments
 from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.errors import CalibrationError
+from stochastic_fp8_pack.kernels.numerics.output_error import CONTRADICTORY, WEIGHT_ERROR, relative_output_error
 from stochastic_fp8_pack.kernels.numerics.rounding import round_to_codes
 
 formats = pytest.mark.parametrize("format", FORMATS)
@@ -177,17 +179,119 @@ def test_uncorrelated_inputs_are_rounded_to_nearest(format):
     assert error.chosen == error.nearest
 
 
-def test_an_outlier_whose_input_is_zero_saturates():
-    """If the input of the largest weight is always zero, a smaller scale saturates it and helps the others."""
+def outlier():
+    """A weight, and inputs of which that of the largest weight is always zero."""
     weight = weights(32, 48) * 1e-4
     weight[3, 7] = 10.0
     x = correlated(4000, 48)
     x[:, 7] = 0
-    scale = scale_of(weight)
+    return weight, x
+
+
+def test_an_outlier_whose_input_is_zero_would_saturate(monkeypatch):
+    """A smaller scale saturates the largest weight and helps the others."""
+    monkeypatch.setattr(gptq, "LARGEST_WEIGHT_ERROR", float("inf"))
+    weight, x = outlier()
     codes, chosen, error = calibrated(weight, recorded(x))
-    assert float(chosen) == pytest.approx(0.5 * float(scale))
+    assert float(chosen) == pytest.approx(0.5 * float(scale_of(weight)))
     assert codes[3, 7].float() == 448
     assert error.chosen < error.nearest
+
+
+def is_nearest(codes, scale, weight, format="float8_e4m3fn"):
+    plain = quantize_tensor(weight, format=format, rounding="nearest")
+    return torch.equal(codes.view(torch.uint8), plain.codes.view(torch.uint8)) and torch.equal(scale, plain.scale)
+
+
+def test_a_weight_that_would_lose_10_db_is_rounded_to_nearest():
+    weight, x = outlier()
+    codes, scale, error = calibrated(weight, recorded(x))
+    assert is_nearest(codes, scale, weight)
+    assert (error.fallback, error.chosen) == (WEIGHT_ERROR, error.nearest)
+
+
+def test_the_limit_is_on_the_squared_error_of_the_weight(monkeypatch):
+    weight, layer = weights(64, 96), recorded(correlated(4000, 96))
+    codes, scale, _ = calibrated(weight, layer)
+    plain = quantize_tensor(weight, rounding="nearest")
+    found, nearest = (
+        (dequantize_tensor(*pair) - weight).double().square().sum()
+        for pair in ((codes, scale), (plain.codes, plain.scale))
+    )
+    assert 1.5 < found / nearest < 4  # far from the limit
+    for factor, fallback in ((1.001, ""), (0.999, WEIGHT_ERROR)):
+        monkeypatch.setattr(gptq, "LARGEST_WEIGHT_ERROR", factor * float(found / nearest))
+        assert calibrated(weight, layer)[2].fallback == fallback
+
+
+def with_moment(moment, rows=4000):
+    return moments.LayerCalibration(len(moment), rows, 10.0, lambda: (moment * rows).float().reshape(-1))
+
+
+def contradictory(width=32):
+    """Each pair of inputs is allowed, but three of them are not: a and b agree, b and c agree, a and c do not."""
+    moment = torch.eye(width)
+    moment[:3, :3] = torch.tensor([[1, 0.95, -0.95], [0.95, 1, 0.95], [-0.95, 0.95, 1]])
+    return moment
+
+
+@formats
+@pytest.mark.parametrize(
+    "moment",
+    [
+        contradictory(),
+        1e30 * contradictory(),
+        torch.eye(32).index_fill(0, torch.tensor([3]), float("nan")),
+        torch.eye(32).index_fill(1, torch.tensor([3]), float("inf")),
+        torch.full((32, 32), -1.0),
+        1 - 2 * torch.rand(256, 256, generator=torch.Generator().manual_seed(0)).round() * (1 - torch.eye(256)),
+        torch.full((200, 200), 3e38),
+    ],
+    ids=["three inputs", "three large inputs", "NaN", "Inf", "negative", "random signs", "overflow"],
+)
+def test_a_moment_of_no_inputs_gives_nearest(format, moment):
+    weight = weights(20, len(moment))
+    codes, scale, error = calibrated(weight, with_moment(moment), format)
+    assert is_nearest(codes, scale, weight, format)
+    assert error.fallback == CONTRADICTORY
+    assert math.isfinite(error.chosen)
+    assert error.chosen == error.nearest
+
+
+@formats
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e15, 1e30, 3e38])
+def test_weights_of_any_size_give_finite_codes_and_errors(format, size):
+    weight, layer = weights(20, 32), recorded(correlated(4000, 32))
+    weight = weight / weight.abs().max() * size
+    codes, scale, error = calibrated(weight, layer, format)
+    assert torch.isfinite(codes.float()).all()
+    assert 0 < float(scale) < math.inf
+    assert 0 <= error.chosen <= error.nearest < math.inf
+    if size > 1:
+        assert error.chosen < 0.6 * error.nearest
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_damage_never_gives_bad_codes(seed):
+    """Flipped bits of a moment that has no digest: refused when it is read, or codes near those of nearest."""
+    generator = np.random.default_rng(seed)
+    weight, layer = weights(16, 16), recorded(correlated(4000, 16))
+    original = layer.read_moment().clone()
+    plain = quantize_tensor(weight, rounding="nearest")
+    limit = 10.001 * (dequantize_tensor(plain.codes, plain.scale) - weight).square().sum()
+    accepted = 0
+    for _ in range(60):
+        damaged = original.clone()
+        at = generator.integers(len(damaged))
+        damaged.view(torch.int32)[at] ^= int(np.int32(np.uint32(1 << generator.integers(32)).view(np.int32)))
+        try:
+            moments.check_moment(damaged, 16, layer.rows, layer.amax)
+        except ValueError:
+            continue
+        accepted += 1
+        codes, scale, _ = calibrated(weight, moments.LayerCalibration(16, layer.rows, layer.amax, lambda: damaged))  # noqa: B023
+        assert (dequantize_tensor(codes, scale) - weight).square().sum() <= limit
+    assert accepted
 
 
 def test_blocks_are_rounded_independently(monkeypatch):
@@ -250,8 +354,9 @@ def test_default_dtype_and_autocast_change_nothing(format, width, context):
         layer = recorded(x)
         codes, scale, error = gptq.gptq_round(weight, nearest, layer, FORMATS[format], descents=2)
         q = calibrate_tensor(weight, layer, format=format, statistics=True)
+        measured = relative_output_error(weight, dequantize_tensor(codes, scale), layer.moment())
         tensors = [layer.read_moment(), layer.moment(), codes.view(torch.uint8), scale]
-        return [*tensors, q.codes.view(torch.uint8), q.scale], (error, q.error, q.output_error)
+        return [*tensors, q.codes.view(torch.uint8), q.scale], (error, q.error, q.output_error, measured)
 
     expected, expected_errors = results()
     with context():

@@ -10,7 +10,7 @@ from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.engine.notes import calibration_notes
 from stochastic_fp8_pack.kernels.engine.quantize_weight import input_scale, quantize_weight
 from stochastic_fp8_pack.kernels.errors import CalibrationError, NonFiniteError
-from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
+from stochastic_fp8_pack.kernels.numerics.output_error import CONTRADICTORY, WEIGHT_ERROR, OutputError
 
 KEY = "blocks.0.attn.qkv.weight"
 RECIPE = Recipe(rounding="calibrated", calibration="prompts")
@@ -109,13 +109,19 @@ def test_notes_list_what_a_user_should_know():
         "c": OutputError(9000, 0.02, 0.02),
         "d": None,
         "e": None,
+        "f": OutputError(9000, 0.02, 0.02, WEIGHT_ERROR),
+        "g": OutputError(9000, 0.02, 0.02, CONTRADICTORY),
     }
-    unknown, no_better, few = calibration_notes(RECIPE, calibrated_layers(errors))
-    assert unknown.startswith("2 of 5 layers were rounded to nearest, because the calibration has no inputs")
+    unknown, no_better, too_far, impossible, few = calibration_notes(RECIPE, calibrated_layers(errors))
+    assert unknown.startswith("2 of 7 layers were rounded to nearest, because the calibration has no inputs")
     assert unknown.endswith(": d, e")
-    assert no_better.startswith("1 of 5 layers were rounded to nearest, because calibrated rounding would not")
+    assert no_better.startswith("1 of 7 layers were rounded to nearest, because calibrated rounding would not")
     assert no_better.endswith(": c")
-    assert few.startswith("1 of 5 layers were calibrated with more damping, on fewer than 3,000 rows")
+    assert too_far.startswith("1 of 7 layers were rounded to nearest, because calibrated rounding would lower the SQNR")
+    assert too_far.endswith(" by more than 10 dB: f")
+    assert impossible.startswith("1 of 7 layers were rounded to nearest, because their recorded inputs contradict each")
+    assert impossible.endswith(": calibrate again: g")
+    assert few.startswith("1 of 7 layers were calibrated with more damping, on fewer than 3,000 rows")
     assert few.endswith(": b")
     assert list(calibration_notes(RECIPE, calibrated_layers({"a": errors["a"]}))) == []
     assert list(calibration_notes(Recipe(), calibrated_layers(errors))) == []

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import tiny_models
 import torch
+from conftest import PACK_ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
@@ -153,3 +156,64 @@ def test_the_trace_says_why_a_code_was_chosen(source, target, calibration, caplo
     traces = {record.getMessage().partition(":")[0]: record.getMessage() for record in caplog.records}
     assert "minimizing the error of the layer's output" in traces[f"{QKV}.weight"]
     assert ", nearest: " in traces["joint_blocks.1.x_block.attn.qkv.weight"]
+
+
+EVERYTHING = """
+import contextlib, hashlib, json, sys
+from pathlib import Path
+import torch
+
+setting, source, folder, keys = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
+autocast = contextlib.nullcontext()
+if setting == "autocast":
+    autocast = torch.autocast("cpu", torch.bfloat16)
+else:
+    torch.set_default_dtype(getattr(torch, setting))
+
+from kernels.calibration.file import load_calibration, save_calibration
+from kernels.calibration.recorder import ActivationRecorder
+from kernels.engine.file_job import quantize_file
+from kernels.files.reader import open_source
+from kernels.recipe import METHODS
+from kernels.state_dict.inspection import inspect_file
+from kernels.studies.comparison import compare_roundings
+from kernels.studies.rounding_curve import measure_rounding
+
+with autocast:
+    recorder = ActivationRecorder()
+    for i, key in enumerate(keys):
+        x = torch.arange(4000 * 128, dtype=torch.float64).mul_(0.37 + i).sin_().view(4000, 128)
+        recorder.observe(key, (x + x.roll(1, 1) + x.roll(2, 1)).bfloat16())
+    save_calibration(recorder.result("two layers"), folder / "calibration.safetensors")
+    calibration = load_calibration(folder / "calibration.safetensors")
+    found = {}
+    for i, rounding in enumerate(METHODS):
+        path = folder / f"{rounding}.safetensors"
+        choices = {"layout": ("native", "legacy")[i % 2], "format": ("float8_e4m3fn", "float8_e5m2")[i % 2]}
+        report = quantize_file(source, path, rounding=rounding, calibration=calibration, matmul="fp8", **choices)
+        found[rounding] = repr(report), repr(inspect_file(path, deep=True))
+        quantize_file(path, folder / f"again_{path.name}", requantize=True, seed=3, only=keys)
+    with open_source(source) as opened:
+        weights = [(key, opened.read(key)) for key in keys]
+    found["compare"] = repr(compare_roundings(weights, calibration=calibration))
+    found["curve"] = repr(measure_rounding("float8_e4m3fn", "stochastic", draws=16))
+files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+print(json.dumps({**files, **found}))
+"""
+"""Files, reports and measurements, made in a process whose torch is set up in another way."""
+
+
+def everything(setting, source, folder):
+    folder.mkdir()
+    command = [sys.executable, "-c", EVERYTHING, setting, source, folder, f"{QKV}.weight", f"{PROJ}.weight"]
+    run = subprocess.run(command, cwd=PACK_ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_default_dtype_and_autocast_change_no_byte(source, tmp_path):
+    """Other packs may set them. A process of its own for each, because constants are made once."""
+    expected = everything("float32", source, tmp_path / "normal")
+    assert len(expected) > 15
+    for setting in ("float64", "bfloat16", "autocast"):
+        assert everything(setting, source, tmp_path / setting) == expected, setting

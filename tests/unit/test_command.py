@@ -444,7 +444,7 @@ BAD_FILES = {
     "a zipped pickle": (lambda path: torch.save({"a": torch.ones(2)}, path), "is a PyTorch pickle"),
     "truncated": (_truncated, "is truncated: 1 of "),
     "a header beyond the file": (lambda path: raw_file(path, {}, length=5000), "it ends inside its header"),
-    "a header of 100 MB": (_huge_header, "is not a safetensors file"),
+    "a header of 100 MB": (_huge_header, "has a header of 100,000,001 bytes"),
     "overlapping": (
         lambda path: raw_file(path, {"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, b"123456"),
         "tensors 'a' and 'b' overlap",
@@ -478,12 +478,49 @@ def test_a_bad_file_is_one_line_and_exit_code_1(run, tmp_path, target, kind):
     "kind", [kind for kind in BAD_FILES if kind not in ("nothing to quantize", "only an empty tensor")]
 )
 def test_inspect_and_compare_say_the_same_of_a_bad_file(run, tmp_path, kind):
+    """Inspect reports the fault of a file as a finding; a folder is not a file."""
     make, message = BAD_FILES[kind]
-    make(tmp_path / "bad.safetensors")
-    for name in ("inspect", "compare"):
-        code, text, errors = run(name, tmp_path / "bad.safetensors")
-        assert (code, text) == (1, "")
-        assert message in one_line(errors)
+    path = tmp_path / "bad.safetensors"
+    make(path)
+    code, text, errors = run("compare", path)
+    assert (code, text) == (1, "")
+    assert message in one_line(errors)
+    code, text, errors = run("inspect", path)
+    assert code == 1
+    if not path.is_file():
+        assert (text, message in one_line(errors)) == ("", True)
+    else:
+        assert message.partition(":")[0].partition(";")[0] in text
+        assert (errors, text.count("error: "), text.count("fails to load")) == ("", 1, 2)
+
+
+HOSTILE = "joint_blocks.0.a\x1b[2J\u202eb\nnote: c"
+
+
+def test_hostile_names_are_escaped_in_everything_that_is_printed(run, tmp_path):
+    tensors = sd3() | weights(f"{HOSTILE}.weight")
+    save_file(tensors, tmp_path / "a.safetensors")
+    bad = tensors | {f"{HOSTILE}.weight": torch.full((32, 16), float("nan"))}
+    save_file(bad, tmp_path / "\x1b[31mbad\u202e.safetensors")
+    commands = (
+        ("a.safetensors", "o.safetensors", "--dry-run", "--keep", "nothing*", "a*"),
+        ("a.safetensors", "o.safetensors", "--dry-run"),
+        ("a.safetensors", "o.safetensors"),
+        ("inspect", "o.safetensors"),
+        ("compare", "a.safetensors"),
+        ("\x1b[31mbad\u202e.safetensors", "p.safetensors"),
+        ("\x1b[31mbad\u202e.safetensors", "p.safetensors", "--nonfinite", "keep"),
+        ("inspect", "\x1b[31mbad\u202e.safetensors", "--deep"),
+        ("inspect", "missing\x1b[31m.safetensors"),
+    )
+    for words in commands:
+        files = [str(tmp_path / word) if word.endswith(".safetensors") else word for word in words]
+        _, text, errors = run(*files)
+        shown = (text + errors).replace("\r", "").replace("\x1b[A", "")
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+        assert not any(line.startswith("note: c") for line in shown.splitlines())
+        assert shown
 
 
 def test_the_source_cannot_be_the_target(run, source):
@@ -569,7 +606,8 @@ def faulty(quantized, tmp_path):
 def test_a_file_with_problems_is_exit_code_1_and_can_be_repaired(run, faulty, tmp_path):
     code, text, _ = run("inspect", faulty)
     assert code == 1
-    assert text.count("error: ") == QUANTIZED
+    assert f": {QUANTIZED} errors, {QUANTIZED} warnings" in text
+    assert text.count("error: ") == text.count("warning: ") == 1
     repaired = tmp_path / "repaired.safetensors"
     code, text, _ = run("inspect", faulty, "--repair", repaired)
     assert code == 0

@@ -7,10 +7,12 @@ import pytest
 from conftest import PACK_ROOT
 from stochastic_fp8_pack.kernels.calibration.file import FILE_VERSION, METADATA_ENTRY
 from stochastic_fp8_pack.kernels.calibration.moments import TILE, WIDEST_BLOCK
-from stochastic_fp8_pack.kernels.files.header import MAX_ENTRY, MAX_HEADER, MAX_TENSORS
-from stochastic_fp8_pack.kernels.selection.presets import DIFFUSION, NEVER_QUANTIZED, TEXT_ENCODER
+from stochastic_fp8_pack.kernels.files.bounded_json import MAX_VALUES
+from stochastic_fp8_pack.kernels.files.header import MAX_ENTRY, MAX_HEADER, MAX_NAME, MAX_TENSORS, TensorInfo
+from stochastic_fp8_pack.kernels.selection.presets import DIFFUSION, NEVER_QUANTIZED, TEXT_ENCODER, Components
 from stochastic_fp8_pack.kernels.state_dict import compatibility, inspection, layouts
-from stochastic_fp8_pack.kernels.state_dict.compatibility import verdicts
+from stochastic_fp8_pack.kernels.state_dict.compatibility import RENAMED, UNDETECTED, verdicts
+from stochastic_fp8_pack.kernels.state_dict.markings import MAX_ALL_INLINE, MAX_INLINE
 
 PAGE = PACK_ROOT / "kernels" / "CHECKPOINTS.md"
 
@@ -45,42 +47,43 @@ VERDICTS = {
     "T5": ("wrong image", "T5 is read in the legacy layout only"),
     "asE4M3": ("wrong image", "legacy E5M2 is read as E4M3, without an error: the image is garbage"),
     "unread": ("wrong image", "inline entries are not read: the codes are used as weights, without their scales"),
+    "tell": ("cannot tell", "the pack does not know the model family, nor what ComfyUI makes of its names"),
     "unmark": ("wrong image", "not all layers are marked as scaled: codes are used as weights, without their scales"),
 }
 
 EXPECTED = """
 ComfyUI 0.3.75        diffusion unknown all-in-one T5     T5_prefixed LLM    LLM_prefixed CLIP   CLIP_prefixed
-legacy               E4M3 cast   cast   cast   cast   cast   cast   cast   cast   cast
-legacy               E5M2 cast   cast   cast   cast   cast   cast   cast   cast   cast
-legacy+header        E4M3 cast   cast   cast   cast   cast   cast   cast   cast   cast
-legacy+header        E5M2 cast   cast   cast   cast   cast   cast   cast   cast   cast
-legacy+inline        E4M3 cast   cast   cast   cast   cast   cast   cast   cast   cast
-legacy+inline        E5M2 cast   cast   cast   cast   cast   cast   cast   cast   cast
-legacy+header+inline E4M3 cast   cast   cast   cast   cast   cast   cast   cast   cast
-legacy+header+inline E5M2 cast   cast   cast   cast   cast   cast   cast   cast   cast
-header               E4M3 limits limits noise  T5     T5     some   noise  limits noise
+legacy               E4M3 cast   tell   cast   cast   cast   cast   cast   cast   cast
+legacy               E5M2 cast   tell   cast   cast   cast   cast   cast   cast   cast
+legacy+header        E4M3 cast   tell   cast   cast   cast   cast   cast   cast   cast
+legacy+header        E5M2 cast   tell   cast   cast   cast   cast   cast   cast   cast
+legacy+inline        E4M3 cast   tell   cast   cast   cast   cast   cast   cast   cast
+legacy+inline        E5M2 cast   tell   cast   cast   cast   cast   cast   cast   cast
+legacy+header+inline E4M3 cast   tell   cast   cast   cast   cast   cast   cast   cast
+legacy+header+inline E5M2 cast   tell   cast   cast   cast   cast   cast   cast   cast
+header               E4M3 limits tell   noise  T5     T5     some   noise  limits noise
 header               E5M2 KeyErr KeyErr KeyErr T5     T5     KeyErr KeyErr KeyErr KeyErr
-header+inline        E4M3 limits limits noise  T5     T5     some   noise  limits noise
+header+inline        E4M3 limits tell   noise  T5     T5     some   noise  limits noise
 header+inline        E5M2 KeyErr KeyErr KeyErr T5     T5     KeyErr KeyErr KeyErr KeyErr
 inline               E4M3 unread unread unread unread unread unread unread unread unread
 inline               E5M2 unread unread unread unread unread unread unread unread unread
 none                 E4M3 unmark unmark unmark unmark unmark unmark unmark unmark unmark
 none                 E5M2 unmark unmark unmark unmark unmark unmark unmark unmark unmark
 ComfyUI 0.33          diffusion unknown all-in-one T5     T5_prefixed LLM    LLM_prefixed CLIP   CLIP_prefixed
-legacy               E4M3 ok     ok     ok     ok     ok     ok     ok     ok     ok
+legacy               E4M3 ok     tell   ok     ok     ok     ok     ok     ok     ok
 legacy               E5M2 asE4M3 asE4M3 asE4M3 asE4M3 asE4M3 asE4M3 asE4M3 asE4M3 asE4M3
-legacy+header        E4M3 ok     ok     ok     ok     ok     ok     ok     ok     ok
-legacy+header        E5M2 algos  algos  algos  algos  algos  algos  algos  algos  algos
-legacy+inline        E4M3 ok     ok     ok     ok     ok     ok     ok     ok     ok
-legacy+inline        E5M2 algos  algos  algos  algos  algos  algos  algos  algos  algos
-legacy+header+inline E4M3 ok     ok     ok     ok     ok     ok     ok     ok     ok
-legacy+header+inline E5M2 algos  algos  algos  algos  algos  algos  algos  algos  algos
-header               E4M3 ok     ok     ok     ok     ok     ok     ok     ok     ok
-header               E5M2 algos  algos  algos  algos  algos  algos  algos  algos  algos
-header+inline        E4M3 ok     ok     ok     ok     ok     ok     ok     ok     ok
-header+inline        E5M2 algos  algos  algos  algos  algos  algos  algos  algos  algos
-inline               E4M3 ok     ok     ok     ok     ok     ok     ok     ok     ok
-inline               E5M2 algos  algos  algos  algos  algos  algos  algos  algos  algos
+legacy+header        E4M3 ok     tell   ok     ok     ok     ok     ok     ok     ok
+legacy+header        E5M2 algos  tell   algos  algos  algos  algos  algos  algos  algos
+legacy+inline        E4M3 ok     tell   ok     ok     ok     ok     ok     ok     ok
+legacy+inline        E5M2 algos  tell   algos  algos  algos  algos  algos  algos  algos
+legacy+header+inline E4M3 ok     tell   ok     ok     ok     ok     ok     ok     ok
+legacy+header+inline E5M2 algos  tell   algos  algos  algos  algos  algos  algos  algos
+header               E4M3 ok     tell   ok     ok     ok     ok     ok     ok     ok
+header               E5M2 algos  tell   algos  algos  algos  algos  algos  algos  algos
+header+inline        E4M3 ok     tell   ok     ok     ok     ok     ok     ok     ok
+header+inline        E5M2 algos  tell   algos  algos  algos  algos  algos  algos  algos
+inline               E4M3 ok     tell   ok     ok     ok     ok     ok     ok     ok
+inline               E5M2 algos  tell   algos  algos  algos  algos  algos  algos  algos
 none                 E4M3 unmark unmark unmark unmark unmark unmark unmark unmark unmark
 none                 E5M2 unmark unmark unmark unmark unmark unmark unmark unmark unmark
 """
@@ -107,6 +110,26 @@ def test_every_combination_has_its_verdict():
             assert (verdict.outcome, verdict.text) == VERDICTS[expected], (version, ways, layers, network)
         checked.add((version, *sorted(ways), format, network))
     assert len(checked) == 2 * 8 * 2 * len(NETWORKS)
+
+
+@pytest.mark.parametrize(
+    ("ways", "names", "outcomes"),
+    [
+        (["header", "inline"], [RENAMED], ["wrong image", "exact"]),
+        (["legacy"], [RENAMED], ["degraded", "exact"]),
+        (["header", "inline"], [UNDETECTED], ["not recognised", "not recognised"]),
+        ([], [UNDETECTED], ["not recognised", "not recognised"]),
+    ],
+)
+def test_names_that_a_loader_does_not_map(ways, names, outcomes):
+    found = verdicts(ways, ["float8_e4m3fn"], "hunyuan_video", DIFFUSION, False, names)
+    assert [verdict.outcome for verdict in found] == outcomes
+    assert all(verdict.usable == (verdict.outcome in ("exact", "degraded")) for verdict in found)
+
+
+def test_an_undetected_prefix_is_refused_for_a_running_version():
+    with pytest.raises(ValueError, match="would not recognise this file: .*Turn on for_another_comfyui"):
+        compatibility.check_usable("0.33.0", "native", ["float8_e4m3fn"], sd3("transformer."))
 
 
 def between(text, begin, end):
@@ -145,7 +168,9 @@ def test_the_page_lists_every_finding_of_the_verifier():
 @pytest.mark.parametrize(
     "text",
     [
-        f"at most {MAX_HEADER // 10**6} MB, {MAX_TENSORS:,} tensors and {MAX_ENTRY:,} characters per tensor",
+        f"at most {MAX_HEADER >> 20} MiB, {MAX_TENSORS:,} tensors, {MAX_NAME:,} characters per name and {MAX_ENTRY:,}",
+        f"at most {MAX_INLINE >> 10} KiB, all of them together {MAX_ALL_INLINE >> 20} MiB",
+        f"JSON has at most {MAX_VALUES:,} values",
         f"bands of {TILE} rows",
         f"more than {WIDEST_BLOCK:,} inputs",
         f'{METADATA_ENTRY}` is JSON:\n\n    {{"version": {FILE_VERSION},',
@@ -158,3 +183,52 @@ def test_the_page_lists_every_finding_of_the_verifier():
 )
 def test_the_page_names_what_the_code_uses(text):
     assert text in PAGE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("version", "column"),
+    [
+        ("0.3.9", "ComfyUI 0.3.75"),
+        ("0.3.75", "ComfyUI 0.3.75"),
+        ("v0.3.76", "ComfyUI 0.3.75"),
+        ("0.4.0", "ComfyUI 0.33"),
+        ("0.8.0", "ComfyUI 0.33"),
+        ("0.33.0", "ComfyUI 0.33"),
+        ("1.0", "ComfyUI 0.33"),
+    ],
+)
+def test_the_verdict_of_a_running_version(version, column):
+    every = verdicts(["legacy"], ["float8_e4m3fn"], "sd3", DIFFUSION, False)
+    assert compatibility.verdict_of(version, every).generation == column
+
+
+def sd3(prefix=""):
+    return Components({f"{prefix}joint_blocks.0.context_block.attn.qkv.weight": TensorInfo("float8_e4m3fn", (192, 64))})
+
+
+@pytest.mark.parametrize(
+    ("version", "layout", "formats", "prefix", "would", "choose"),
+    [
+        ("0.33.0", "legacy", ["float8_e5m2"], "", "show a wrong image", "layout native or E4M3"),
+        (
+            "0.33.0",
+            "legacy",
+            ["float8_e4m3fn", "float8_e5m2"],
+            "",
+            "show a wrong image",
+            "layout native or E4M3",
+        ),
+        ("0.3.75", "native", ["float8_e5m2"], "", "not load", "layout legacy or E4M3"),
+        ("0.3.75", "native", ["float8_e4m3fn"], "model.diffusion_model.", "show a wrong image", "layout legacy"),
+    ],
+)
+def test_what_a_running_version_cannot_use(version, layout, formats, prefix, would, choose):
+    choose = choose.replace("E4M3", "float8_e4m3fn")
+    with pytest.raises(ValueError, match=f"^ComfyUI {version} would {would}.*: .*Choose {choose}, or turn on") as error:
+        compatibility.check_usable(version, layout, formats, sd3(prefix))
+    assert "\n" not in str(error.value)
+    assert compatibility.check_usable("0.8.0", "native", formats, sd3(prefix)).outcome == "exact"
+
+
+def test_a_loss_is_not_refused():
+    assert compatibility.check_usable("0.3.75", "legacy", ["float8_e5m2"], sd3()).outcome == "degraded"

@@ -66,3 +66,19 @@ def test_number(x, expected):
 def test_shorten_middle():
     assert display.shorten_middle("short", 5) == "short"
     assert display.shorten_middle("abcdefghijklmnop", 10) == "abc…klmnop"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("joint_blocks.0.attn.qkv.weight", "joint_blocks.0.attn.qkv.weight"),
+        ("Größe 8 × 16 → 2 µs", "Größe 8 × 16 → 2 µs"),
+        ("a\x1b[2J\x9b\x07", "a\\x1b[2J\\x9b\\x07"),
+        ("a\nb\tc\r", "a\\nb\\tc\\r"),
+        ("a\u202eb\u2066\u200b\u2028", "a\\u202eb\\u2066\\u200b\\u2028"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_printable(text, shown):
+    assert display.printable(text) == shown
+    assert display.printable_lines(f"{text}") == "\n".join(map(display.printable, text.split("\n")))

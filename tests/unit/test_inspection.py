@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
+from stochastic_fp8_pack.kernels.engine.file_job import plan_file, quantize_file
 from stochastic_fp8_pack.kernels.errors import CheckpointError
+from stochastic_fp8_pack.kernels.files.header import TensorInfo
+from stochastic_fp8_pack.kernels.selection.presets import foreign_kind, other_quantizer
 from stochastic_fp8_pack.kernels.state_dict.inspection import inspect_file
 from stochastic_fp8_pack.kernels.state_dict.repair import repair_file
 
@@ -66,7 +68,8 @@ def native(tmp_path):
 
 @pytest.fixture
 def legacy(tmp_path):
-    return Checkpoint(tmp_path, checkpoints.sd3(), layout="legacy")
+    (tmp_path / "legacy").mkdir()
+    return Checkpoint(tmp_path / "legacy", checkpoints.sd3(), layout="legacy")
 
 
 def entry(value):
@@ -133,10 +136,204 @@ def test_an_unknown_family_is_a_note(tmp_path):
     assert [finding.code for finding in inspect_file(tmp_path / "made.safetensors").findings] == ["unknown_family"]
 
 
-def test_a_file_that_is_not_safetensors_raises(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"\x80\x04")
-    with pytest.raises(CheckpointError, match="truncated|pickle"):
-        inspect_file(tmp_path / "a.safetensors")
+# Files that are not what they should be
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "repair"),
+    [
+        (b"\x80\x04", "is a Python pickle", "Convert it to safetensors first"),
+        (b"PK\x03\x04" + bytes(100), "is a PyTorch pickle", "Convert it to safetensors first"),
+        (b"GGUF" + bytes(100), "is a GGUF file", "Start from the 16-bit safetensors file of this model"),
+        (b"<!DOCTYPE html><html>" + b" " * 100, "is a web page", "Download the model again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "is a Git LFS pointer",
+            "Download the model itself",
+        ),
+        (b"", "is truncated", "Download it again"),
+        (b"\2\0\0\0\0\0\0\0{]", "has an invalid header", "Download it again"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_finding(tmp_path, data, what, repair):
+    (tmp_path / "a.safetensors").write_bytes(data)
+    inspection = inspect_file(tmp_path / "a.safetensors", deep=True)
+    (finding,) = inspection.findings
+    assert (finding.severity, finding.code, finding.repair, finding.repairable) == (
+        "error",
+        "unreadable",
+        repair,
+        False,
+    )
+    assert finding.what.startswith(what)
+    assert not inspection.ok
+    assert [verdict.outcome for verdict in inspection.verdicts] == ["fails to load", "fails to load"]
+
+
+def test_a_truncated_file_says_how_much_is_missing(native):
+    path = native.save()
+    data = path.read_bytes()
+    path.write_bytes(data[:-1000])
+    text = inspect_file(path).summary
+    assert f"is truncated: 1,000 of {len(data):,} bytes are missing. Download it again." in text
+
+
+def test_a_missing_file_of_a_set_is_a_finding(tmp_path):
+    path = tmp_path / "m.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a.weight": "m-00001-of-00002.safetensors"}}))
+    (finding,) = inspect_file(path).findings
+    assert finding.what.startswith("m-00001-of-00002.safetensors: cannot be opened")
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "model.ckpt"])
+def test_a_file_that_is_not_there_or_of_another_kind_raises(tmp_path, name):
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot be opened|not a .safetensors file"):
+        inspect_file(tmp_path / name)
+
+
+def linear(*names, shape=(32, 16)):
+    return {name: torch.zeros(shape, dtype=torch.bfloat16) for name in names}
+
+
+FOREIGN = {
+    "LoRA": linear(
+        "lora_unet_blocks_0_q.lora_down.weight", "lora_unet_blocks_0_q.lora_up.weight", "lora_unet_blocks_0_q.alpha"
+    ),
+    "LoRA ": linear("transformer.blocks.0.q.lora_A.weight", "transformer.blocks.0.q.lora_B.weight"),
+    "LoRA  ": linear("blocks.0.q.lokr_w1", "blocks.0.q.lokr_w2_a", "blocks.0.q.alpha"),
+    "LoRA   ": linear("unet.blocks.0.q.hada_w1_a", "unet.blocks.0.q.hada_w1_b"),
+    "IP-Adapter": linear("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
+    "ControlNet": linear("control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"),
+    "ControlNet ": linear(
+        "conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "controlnet_cond_embedding.conv_in.weight"
+    ),
+    "ControlNet  ": linear(
+        "double_blocks.0.img_attn.norm.key_norm.scale",
+        "img_in.weight",
+        "time_in.in_layer.weight",
+        "controlnet_blocks.0.weight",
+    ),
+    "ControlNet   ": linear("input_hint_block.0.weight", "blocks.0.weight"),
+    "textual-inversion embedding": linear("clip_l", "clip_g"),
+    "textual-inversion embedding ": linear("emb_params"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_that_is_not_a_model_is_refused(tmp_path, kind):
+    save_file(FOREIGN[kind], tmp_path / "a.safetensors")
+    inspection = inspect_file(tmp_path / "a.safetensors")
+    finding = inspection.findings[0]
+    assert (finding.code, inspection.ok) == ("not_a_model", False)
+    assert kind.strip() in finding.what
+    assert {verdict.outcome for verdict in inspection.verdicts} == {"not recognised"}
+    for job in (plan_file, lambda path: quantize_file(path, tmp_path / "b.safetensors")):
+        with pytest.raises(
+            CheckpointError, match=rf"a.safetensors: is an? .*{kind.strip()}.*; (use it|quantize the model)"
+        ):
+            job(tmp_path / "a.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_one_file_of_a_set_is_refused_and_the_index_is_not(tmp_path):
+    parts = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    tensors = checkpoints.sd3()
+    names = sorted(tensors)
+    halves = [{name: tensors[name] for name in half} for half in (names[:6], names[6:])]
+    for part, half in zip(parts, halves, strict=True):
+        save_file(half, tmp_path / part)
+        assert inspect_file(tmp_path / part).findings[0].code == "not_a_model"
+        with pytest.raises(CheckpointError, match=r"one model; give the .safetensors.index.json of the set"):
+            plan_file(tmp_path / part)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: parts[i] for i, half in enumerate(halves) for name in half}}))
+    assert inspect_file(index).ok
+    assert len(plan_file(index).layers) == 8
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00001.safetensors", "best_of_2024.safetensors", "1024x1024_off.safetensors"]
+)
+def test_names_that_are_not_those_of_a_shard(tmp_path, name):
+    save_file(checkpoints.sd3(), tmp_path / name)
+    assert inspect_file(tmp_path / name).ok
+
+
+@pytest.mark.parametrize("model", [checkpoints.sd3(), checkpoints.all_in_one(), checkpoints.t5xxl()])
+def test_a_model_is_not_taken_for_something_else(model):
+    assert foreign_kind({name: TensorInfo.of(tensor) for name, tensor in model.items()}, "model.safetensors") is None
+    assert other_quantizer(model) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "program"),
+    [
+        (["blocks.0.q.weight.absmax", "blocks.0.q.weight.quant_state.bitsandbytes__nf4"], "bitsandbytes"),
+        (["blocks.0.q.qweight", "blocks.0.q.wscales", "blocks.0.q.smooth_factor"], "SVDQuant"),
+        (["blocks.0.q.weight._data", "blocks.0.q.weight._scale"], "quanto"),
+        (["blocks.0.q.qweight", "blocks.0.q.qzeros", "blocks.0.q.scales"], "GPTQ"),
+    ],
+)
+def test_files_of_other_quantizers(tmp_path, names, program):
+    save_file(
+        checkpoints.sd3() | {name: torch.zeros(16, dtype=torch.uint8) for name in names}, tmp_path / "a.safetensors"
+    )
+    inspection = inspect_file(tmp_path / "a.safetensors")
+    assert inspection.ok
+    assert "other_format" in [finding.code for finding in inspection.findings]
+    with pytest.raises(CheckpointError, match=f"already quantized by {program}.*; start from the 16-bit file"):
+        plan_file(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "module.", "diffusion_model.", "pipe.dit_model."])
+def test_a_prefix_under_which_nothing_is_detected(tmp_path, prefix):
+    save_file(checkpoints.sd3(prefix), tmp_path / "a.safetensors")
+    report = quantize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert sum("not recognised" in note for note in report.notes) == 2
+    inspection = inspect_file(tmp_path / "b.safetensors")
+    assert [verdict.outcome for verdict in inspection.verdicts] == ["not recognised", "not recognised"]
+    assert "undetected_prefix" in [finding.code for finding in inspection.findings]
+    with pytest.raises(CheckpointError, match="would not recognise"):
+        quantize_file(tmp_path / "a.safetensors", tmp_path / "c.safetensors", for_comfyui="0.33.0")
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.", "net.", ""])
+def test_a_prefix_that_is_detected(tmp_path, prefix):
+    save_file(checkpoints.sd3(prefix), tmp_path / "a.safetensors")
+    quantize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    outcomes = [verdict.outcome for verdict in inspect_file(tmp_path / "b.safetensors").verdicts]
+    assert outcomes == ["wrong image" if prefix else "exact", "exact"]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model."])
+def test_the_verdict_on_an_unknown_family(tmp_path, prefix):
+    names = [f"{prefix}blocks.{i}.attn.q.weight" for i in range(8)]
+    Checkpoint(tmp_path, checkpoints.weights(*names))
+    outcomes = {verdict.outcome for verdict in inspect_file(tmp_path / "made.safetensors").verdicts}
+    assert "exact" not in outcomes
+    assert "cannot tell" in outcomes
+
+
+def test_hunyuan_video_under_the_names_of_its_publisher(tmp_path):
+    names = [f"double_blocks.{i}.img_attn_{part}.weight" for i in range(2) for part in ("qkv", "proj")]
+    tensors = checkpoints.weights("txt_in.individual_token_refiner.blocks.0.norm1.weight", shape=(16,))
+    checkpoint = Checkpoint(tmp_path, tensors | checkpoints.weights(*names))
+    assert checkpoint.codes() == {"renamed_layers": "warning"}
+    assert [verdict.outcome for verdict in inspect_file(checkpoint.save()).verdicts] == ["wrong image", "exact"]
+    checkpoint.repaired(layout="legacy")
+    inspection = inspect_file(tmp_path / "repaired.safetensors")
+    assert (inspection.findings, [v.outcome for v in inspection.verdicts]) == ((), ["degraded", "exact"])
+
+
+def test_what_the_job_says_of_codes_of_another_format(tmp_path):
+    """The int8 layers stay in the new file, which no ComfyUI reads without a custom node."""
+    tensors = checkpoints.sd3()
+    tensors[f"{QKV}.weight"] = torch.ones(32, 16, dtype=torch.int8)
+    save_file(tensors | {f"{QKV}.weight_scale": torch.tensor(0.5)}, tmp_path / "a.safetensors")
+    report = quantize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert sum("cannot tell" in note for note in report.notes) == 2
+    assert not any("exact" in note for note in report.notes)
 
 
 # Invalid files that can be repaired
@@ -307,6 +504,7 @@ def test_a_missing_scale(tmp_path, layout):
     checkpoint = Checkpoint(tmp_path, checkpoints.sd3(), layout=layout)
     del checkpoint.tensors[f"{QKV}.{'weight_scale' if layout == 'native' else 'scale_weight'}"]
     assert_not_repairable(checkpoint, "missing_scale")
+    assert not {"exact", "degraded"} & {*outcomes(checkpoint)}
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -315,9 +513,71 @@ def test_an_invalid_scale(native, value):
     assert_not_repairable(native, "scale_value")
 
 
-def test_a_scale_for_each_row(native):
+def outcomes(checkpoint):
+    return [verdict.outcome for verdict in inspect_file(checkpoint.save()).verdicts]
+
+
+def test_a_scale_for_each_row(native, legacy):
+    """Loaded in both versions on a CPU: exact, but for layout legacy in 0.3.75, which expects a 0-dim parameter."""
     native.tensors[f"{QKV}.weight_scale"] = torch.ones(32, 1)
-    assert_not_repairable(native, "scale_shape")
+    assert native.codes() == {"scale_rows": "warning"}
+    assert outcomes(native) == ["exact", "exact"]
+    assert all("on a CPU" in verdict.text for verdict in inspect_file(native.save()).verdicts[1:])
+    with pytest.raises(CheckpointError, match="cannot be repaired: warning: "):
+        native.repaired()
+    legacy.tensors[f"{QKV}.scale_weight"] = torch.ones(32, 1)
+    assert legacy.codes() == {"scale_rows": "warning"}
+    assert outcomes(legacy) == ["fails to load", "exact"]
+
+
+@pytest.mark.parametrize("shape", [(32, 2, 1), (2, 1), (1, 2)])
+def test_a_scale_for_each_block(native, legacy, shape):
+    for checkpoint, name in ((native, "weight_scale"), (legacy, "scale_weight")):
+        checkpoint.tensors[f"{QKV}.{name}"] = torch.ones(shape)
+        assert_not_repairable(checkpoint, "scale_shape")
+        old = "fails to load" if checkpoint is legacy else "fails in the sampler"
+        assert outcomes(checkpoint) == [old, "fails in the sampler"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_an_invalid_value_among_several_scales(native, value):
+    native.tensors[f"{QKV}.weight_scale"] = torch.ones(32, 1)
+    native.tensors[f"{QKV}.weight_scale"][3] = value
+    assert_not_repairable(native, "scale_value")
+
+
+def test_a_scale_that_comfyui_does_not_read(native):
+    scale = native.tensors.pop(f"{QKV}.weight_scale")
+    native.tensors[f"{QKV}.weight_scale_inv"] = scale
+    assert native.codes() == {"unread_scale": "error"}
+    assert outcomes(native) == ["wrong image", "wrong image"]
+    native.assert_repaired()
+    (native.folder / "repaired.safetensors").unlink()
+    native.tensors[f"{QKV}.weight_scale_inv"] = torch.ones(2, 2)
+    assert_not_repairable(native, "unread_scale")
+    assert "Quantize this file again: its scales are read" in inspect_file(native.save()).summary
+
+
+def test_two_scales(native):
+    native.tensors[f"{QKV}.scale_weight"] = torch.tensor(1.0)
+    assert_not_repairable(native, "two_scales")
+
+
+def test_a_scale_of_an_unknown_kind(native):
+    native.tensors["joint_blocks.7.mlp.weight"] = torch.zeros(16, 16).to(E4M3)
+    native.tensors["joint_blocks.7.mlp.dequant_scale"] = torch.tensor(1.0)
+    assert_not_repairable(native, "unknown_scale")
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(float("nan")), torch.tensor(0.0), torch.tensor(-1.0), torch.ones(2)])
+def test_an_invalid_input_scale(native, scale):
+    native.tensors[f"{QKV}.input_scale"] = scale
+    assert_not_repairable(native, "input_scale")
+
+
+def test_a_valid_input_scale(native):
+    native.tensors[f"{QKV}.input_scale"] = torch.tensor([0.5])
+    assert native.codes() == {}
 
 
 def test_the_diffusers_layout(native):
@@ -330,6 +590,98 @@ def test_a_deep_inspection_finds_nan_codes(native, code):
     native.tensors[f"{QKV}.weight"].view(torch.uint8)[0, 0] = code
     assert native.codes() == {}
     assert native.codes(deep=True) == {"nan_codes": "error"}
+
+
+def test_a_deep_inspection_finds_nan_in_kept_tensors(native):
+    native.tensors["context_embedder.weight"][0, 0] = float("nan")
+    assert native.codes() == {}
+    assert native.codes(deep=True) == {"nan_values": "error"}
+
+
+def test_every_error_makes_a_verdict_worse(native):
+    """A deep inspection included: "exact" never stands beside an error that concerns the version."""
+    native.tensors["context_embedder.weight"][0, 0] = float("nan")
+    assert {verdict.outcome for verdict in inspect_file(native.save(), deep=True).verdicts} == {"wrong image"}
+
+
+def test_an_inline_entry_that_the_header_overrides_is_harmless_for_the_verdicts(native):
+    native.tensors[f"{QKV}.comfy_quant"] = entry({"format": "float8_e5m2"})
+    assert native.codes() == {"entry_format": "error"}
+    assert outcomes(native) == ["exact", "exact"]
+
+
+# Other formats
+
+
+def mxfp8(native):
+    native.tensors |= {"joint_blocks.0.mx.weight": torch.zeros(128, 128).to(E4M3)}
+    native.tensors |= {"joint_blocks.0.mx.weight_scale": torch.full((128, 4), 127, dtype=torch.uint8)}
+    native.tensors["joint_blocks.0.mx.comfy_quant"] = entry({"format": "mxfp8"})
+    return native
+
+
+def test_mxfp8_is_another_format(native):
+    checkpoint = mxfp8(native)
+    assert checkpoint.codes(deep=True) == {"other_format": "note"}
+    assert inspect_file(checkpoint.save()).scaled == 8
+    with pytest.raises(CheckpointError, match="cannot be repaired: .*mxfp8"):
+        checkpoint.repaired()
+
+
+def test_mxfp8_with_a_scale_of_another_kind_is_an_error(native):
+    checkpoint = mxfp8(native)
+    checkpoint.tensors["joint_blocks.0.mx.weight_scale"] = torch.tensor(1.0)
+    assert checkpoint.codes()["entry_format"] == "error"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_scales_of_other_codes_without_an_entry(native, dtype):
+    native.tensors |= {"other.weight": torch.ones(16, 16, dtype=dtype), "other.weight_scale": torch.tensor(0.5)}
+    assert native.codes() == {"other_scale": "note"}
+    assert "exact" not in outcomes(native)
+    native.repaired()
+    repaired = load_file(native.folder / "repaired.safetensors")
+    assert torch.equal(repaired["other.weight"], native.tensors["other.weight"])
+    assert repaired["other.weight_scale"] == 0.5
+
+
+# Texts
+
+
+def test_one_line_for_each_kind_of_finding(native):
+    for name in [name for name in native.tensors if name.endswith(".weight_scale")]:
+        native.tensors[name] = native.tensors[name].bfloat16()
+    inspection = inspect_file(native.save())
+    assert len(inspection.findings) == len(inspection.to_dict()["findings"]) == 8
+    lines = inspection.summary.splitlines()
+    assert len(lines) == 4
+    assert [line.split(": ")[0] for line in lines[1:]] == ["ComfyUI 0.3.75", "ComfyUI 0.33", "error"]
+    assert lines[3].endswith("(7 more like this)")
+    assert lines[0].endswith(": 8 errors")
+
+
+def test_hostile_names_in_the_summary(native):
+    name = "a\x1b[2J\nComfyUI 0.33: exact\u202e"
+    native.tensors[f"{name}.weight_scale"] = torch.tensor(1.0)
+    summary = inspect_file(native.save()).summary
+    assert len(summary.splitlines()) == 4
+    assert summary.replace("\n", "").isprintable()
+    assert "a\\x1b[2J\\nComfyUI 0.33: exact\\u202e" in summary
+
+
+# The file job
+
+
+def test_a_network_that_is_fp8_already_can_be_kept(tmp_path):
+    encoder = {
+        n: t.to(E4M3) if t.ndim == 2 else t for n, t in checkpoints.t5xxl("text_encoders.t5xxl.transformer.").items()
+    }
+    save_file(checkpoints.sd3("model.diffusion_model.") | encoder, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"\(--keep text_encoders.t5xxl\)"):
+        plan_file(tmp_path / "a.safetensors")
+    report = plan_file(tmp_path / "a.safetensors", keep=("text_encoders.t5xxl",))
+    assert len(report.layers) == 8
+    assert not any("text_encoders.t5xxl' keeps" in note for note in report.notes)
 
 
 # Warnings

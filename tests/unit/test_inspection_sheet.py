@@ -1,8 +1,12 @@
 """The figure of an inspection: its texts, and that nothing overlaps or leaves the page."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from matplotlib.text import Text
-from stochastic_fp8_pack.kernels.figures import inspection_sheet, to_image
+from reports import report_on
+from stochastic_fp8_pack.kernels.figures import inspection_sheet, layer_report, to_image
 from stochastic_fp8_pack.kernels.state_dict.compatibility import Verdict
 from stochastic_fp8_pack.kernels.state_dict.inspection import Finding, Inspection
 
@@ -16,8 +20,8 @@ def inspection(*findings, verdicts=VERDICTS):
     return Inspection("model.safetensors", "sd3", 21, ("float8_e4m3fn",), ("inline",), findings, verdicts)
 
 
-def finding(severity="error", where="blocks.0.weight_scale", what="is bfloat16"):
-    return Finding(severity, "code", where, what, "Repair rewrites it", True)
+def finding(severity="error", where="blocks.0.weight_scale", what="is bfloat16", code="code"):
+    return Finding(severity, code, where, what, "Repair rewrites it", True)
 
 
 def texts(figure):
@@ -40,14 +44,38 @@ def test_file_without_problems():
 
 
 def test_many_findings_are_counted():
-    shown = texts(inspection_sheet(inspection(*[finding(where=f"blocks.{i}") for i in range(30)])))
+    kinds = [finding(code=f"code {i}") for i in range(30)]
+    shown = texts(inspection_sheet(inspection(*kinds)))
     assert sum(text.endswith("Repair rewrites it.") for text in shown) == 24
-    assert "6 more findings: see the text output" in shown
+    assert "6 more kinds of findings: see the text output" in shown
+
+
+def test_findings_of_one_kind_share_a_line():
+    shown = texts(inspection_sheet(inspection(*[finding(where=f"blocks.{i}") for i in range(1200)])))
+    assert "blocks.0: is bfloat16. Repair rewrites it. (1,199 more like this)" in shown
+    assert not any("blocks.1:" in text for text in shown)
+
+
+def test_hostile_names_are_escaped():
+    name = "a\x1b[2J\u202eb\nc"
+    shown = texts(inspection_sheet(replace(inspection(finding(where=name)), source=name)))
+    assert all(text.isprintable() for text in shown)
+    assert sum("a\\x1b[2J\\u202eb\\nc" in text for text in shown) == 2
+
+
+def test_hostile_names_are_escaped_in_the_report_of_layers():
+    name = "a\x1b[2J\u202eb\nc"
+    report = replace(report_on({f"{name}.weight": torch.randn(8, 8), "d.weight": torch.randn(8, 8)}), source=name)
+    shown = [text for text in texts(layer_report(report)) if "[2J" in text]
+    assert len(shown) >= 2
+    assert all("\x1b" not in text and "\u202e" not in text and "b\nc" not in text for text in shown)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 24, 100])
 def test_nothing_overlaps_or_leaves_the_page(count):
-    figure = inspection_sheet(inspection(*[finding(what="says more than fits a line, " * 6) for _ in range(count)]))
+    figure = inspection_sheet(
+        inspection(*[finding(what="says more than fits a line, " * 6, code=f"code {i}") for i in range(count)])
+    )
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.findobj(Text) if text.get_text()]
     page = figure.bbox

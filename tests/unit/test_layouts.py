@@ -60,6 +60,13 @@ def test_legacy_cannot_say_that_layers_differ():
         LAYOUTS["legacy"].markers(LAYERS)
 
 
+def test_legacy_multiplies_in_full_precision_as_soon_as_one_layer_asks_for_it():
+    layers = [ScaledLayer(name, "float8_e4m3fn", full_precision=full) for name, full in (("a", False), ("b", True))]
+    elsewhere = ScaledLayer("net.c", "float8_e4m3fn", full_precision=False, prefix="net.")
+    markers = LAYOUTS["legacy"].markers([*layers, elsewhere])
+    assert {name: len(marker) for name, marker in markers.items()} == {"scaled_fp8": 2, "net.scaled_fp8": 0}
+
+
 def test_each_way_is_read(tmp_path):
     entry = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
     header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {"a": entry}})}

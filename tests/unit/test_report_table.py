@@ -1,11 +1,13 @@
 """Reports as tables."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from reports import heavy_tailed, report_on, small_report
+from stochastic_fp8_pack.kernels import display
 from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
 from stochastic_fp8_pack.kernels.report.table import (
     describe_output_error,
@@ -115,10 +117,30 @@ def test_calibrated_layers_add_columns():
 def test_calibrated_layers_in_json():
     rows = json.loads(to_json(calibrated_report()))["layers"]
     errors = {row["layer"]: row.get("output_error") for row in rows}
-    assert errors.pop("blocks.0.attn.qkv.weight") == {"rows": 5000, "nearest": 0.0141, "chosen": 0.0036}
+    assert errors.pop("blocks.0.attn.qkv.weight") == {"rows": 5000, "nearest": 0.0141, "chosen": 0.0036, "fallback": ""}
     assert set(errors.values()) == {None}
 
 
 def test_other_reports_do_not_mention_outputs():
     assert describe_output_error(small_report()) == ""
     assert "output error" not in to_markdown(small_report()).lower()
+
+
+HOSTILE = "<img src=http://evil.example/x.png>![a](http://evil.example)|*b*\x1b[2J\u202e\n| c"
+
+
+def test_hostile_names_are_text_in_markdown():
+    report = replace(report_on({f"{HOSTILE}.weight": torch.ones(4, 4)}), source=HOSTILE)
+    lines = to_markdown(report).splitlines()
+    assert len(lines) == 7
+    for line in (lines[0], lines[6]):
+        assert "<" not in line
+        assert "://" not in line
+        assert r"!\[a\](" in line
+        assert r"\*b\*" in line
+        assert line.isprintable()
+    assert len(re.findall(r"(?<!\\)\|", lines[6])) == 11
+
+
+def test_ordinary_names_are_unchanged_in_markdown():
+    assert display.markdown("joint_blocks.0.x_block.attn.qkv.weight") == "joint_blocks.0.x_block.attn.qkv.weight"

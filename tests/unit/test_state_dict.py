@@ -10,7 +10,12 @@ from stochastic_fp8_pack.kernels.errors import CheckpointError
 from stochastic_fp8_pack.kernels.files.header import TensorInfo
 from stochastic_fp8_pack.kernels.state_dict.layouts import LAYOUTS, ScaledLayer
 from stochastic_fp8_pack.kernels.state_dict.load import native_tensors
-from stochastic_fp8_pack.kernels.state_dict.scaled_state_dict import ScaledStateDict, ScaledWeight, TensorEntry
+from stochastic_fp8_pack.kernels.state_dict.scaled_state_dict import (
+    PendingWeight,
+    ScaledStateDict,
+    ScaledWeight,
+    TensorEntry,
+)
 from stochastic_fp8_pack.kernels.state_dict.write import write_state_dict
 
 LAYER = "joint_blocks.0.x_block.attn.proj"
@@ -141,6 +146,6 @@ def test_a_scaled_weight_replaces_what_marked_the_layer_before():
     state = ScaledStateDict()
     obsolete = ("weight", "weight_scale", "scale_weight", "input_scale", "scale_input", "comfy_quant")
     state.add_tensors({f"{LAYER}.{name}": torch.zeros(1) for name in (*obsolete, "bias")})
-    state.add_weight(f"{LAYER}.weight", ScaledWeight(ScaledLayer(LAYER, "float8_e4m3fn"), (16, 16)))
+    state.add_pending(f"{LAYER}.weight", PendingWeight(ScaledLayer(LAYER, "float8_e4m3fn"), (16, 16)))
     assert list(state.tensors) == [f"{LAYER}.bias"]
-    assert state.pending == (f"{LAYER}.weight",)
+    assert list(state.pending) == [f"{LAYER}.weight"]
