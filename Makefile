@@ -1,28 +1,43 @@
 PYTHON = .build/venv/bin/python
-ENVIRONMENT = python3 tests/environment.py
+TYPES = .build/types
 
-.PHONY: demo test bench lint format pictures clean environment
+.DEFAULT_GOAL = help
+.PHONY: help test hostile demo lint types format bench pictures clean environment
 
-test: ## the whole test suite, or a part: make test PYTEST_ARGS="tests/unit -k seed"
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: ## all tests, or some: make test PYTEST_ARGS="tests/unit -k seed"
 	@bash tests/run.sh $(PYTEST_ARGS)
 
-demo: environment ## the example Try it now in a real ComfyUI: pictures before and after, sizes, PSNR
-	@$(PYTHON) tests/demo.py
+hostile: ## the whole suite of hostile files and killed jobs; `make test` runs a short one
+	@HOSTILE=whole bash tests/run.sh tests/hostile $(PYTEST_ARGS)
 
-bench: environment
-	@$(PYTHON) tests/benchmarks
+demo: environment ## the example "Try it now" in a real ComfyUI: images before and after, sizes, PSNR
+	@cd tests && ../$(PYTHON) -m tools.demo
 
-pictures: environment ## the images of the documentation and of the example workflows
-	@$(PYTHON) tests/pictures.py
+lint: environment ## ruff, mypy, and where node is installed eslint and prettier
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	@$(MAKE) --no-print-directory types
+	@$(PYTHON) -m pytest -q tests/js -k clean
 
-lint: environment
-	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m pytest -q tests/js -k clean
+# mypy needs the pack under a name that is a valid package name; the name of its folder is not.
+types: environment ## mypy on kernels/ and nodes/
+	@mkdir -p $(TYPES) && ln -sfn ../.. $(TYPES)/stochastic_fp8
+	@cd $(TYPES) && ../venv/bin/python -m mypy --config-file stochastic_fp8/pyproject.toml --cache-dir ../mypy \
+	    -p stochastic_fp8.kernels -p stochastic_fp8.nodes
 
-format: environment
+format: environment ## let ruff fix and format the Python files
 	@$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format .
 
-clean:
-	@rm -rf .build .coverage
+bench: environment ## speed, memory and quality, measured beside other programs
+	@$(PYTHON) tests/benchmarks
 
-environment:
-	@$(ENVIRONMENT)
+pictures: environment ## redraw the images of the documentation, the example workflows, the icon and the banner
+	@cd tests && ../$(PYTHON) -m tools.pictures
+
+environment: ## build what all this needs under .build/
+	@python3 tests/tools/environment.py
+
+clean: ## delete .build/
+	@rm -rf .build .coverage

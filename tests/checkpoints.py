@@ -32,7 +32,7 @@ def sd3(prefix="", blocks=2):
 
 
 def t5xxl(prefix="", rows=10240):
-    """What tells a T5-XXL, and some layers of it."""
+    """The tensors that identify a T5-XXL, and some of its layers."""
     tensors = weights("encoder.block.23.layer.1.DenseReluDense.wi_1.weight", shape=(rows, 16))
     tensors |= weights(
         "shared.weight",
@@ -63,7 +63,7 @@ def entry(dtype, shape, start, end):
 
 
 def raw_file(path, header, data=b"", length=None):
-    """A file with this header, right or wrong: a dict, or the bytes themselves."""
+    """Write a file with this header, valid or not: a dict, or its bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path

@@ -1,6 +1,7 @@
-"""Loads the pack the way ComfyUI does, as a package under a made-up name, and offers a running ComfyUI."""
+"""Loads the pack as ComfyUI does, as a package with a made-up name, and offers a running ComfyUI."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -13,12 +14,12 @@ _servers = []
 
 
 def hide_pack_root():
-    """Take the pack's root off sys.path, where ``python -m pytest`` puts it: its ``nodes`` would hide ComfyUI's."""
+    """Remove the pack's root from sys.path, where ``python -m pytest`` puts it. Its ``nodes`` would hide ComfyUI's."""
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK_ROOT]
 
 
 def load_pack():
-    """Import the pack's root as ``stochastic_fp8_pack``, so that its modules import as parts of that package."""
+    """Import the pack's root as the package ``stochastic_fp8_pack``."""
     spec = importlib.util.spec_from_file_location(
         PACK_NAME, PACK_ROOT / "__init__.py", submodule_search_locations=[str(PACK_ROOT)]
     )
@@ -35,7 +36,7 @@ if PACK_NAME not in sys.modules:
 
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory):
-    """A running ComfyUI with the pack and the test-only nodes, started when a test process first asks for it."""
+    """A running ComfyUI with the pack and the test-only nodes. Each test process starts its own on first use."""
     from comfyui.server import ComfyUIServer
 
     with ComfyUIServer(tmp_path_factory.mktemp("comfyui")) as server:
@@ -45,8 +46,10 @@ def comfyui(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark tests by their folder, and keep those of one file in one process: each process starts its own server."""
+    """Mark tests by folder, keep those of one file in one process (for its server), and skip POSIX tests on Windows."""
     for item in items:
+        if os.name == "nt" and item.get_closest_marker("posix"):
+            item.add_marker(pytest.mark.skip(reason="needs signals, pipes or limits of POSIX"))
         folder = item.path.parent.name
         if folder in ("comfyui", "browser"):
             item.add_marker(getattr(pytest.mark, folder))
@@ -55,7 +58,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Show the end of ComfyUI's log with a failed test."""
+    """Add the end of ComfyUI's log to the report of a failed test."""
     report = yield
     if report.failed and "comfyui" in getattr(item, "fixturenames", ()):
         report.sections += [("ComfyUI log", server.log()[-6000:]) for server in _servers]

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds what the tests need, then runs them. Arguments go to pytest in place of the whole suite:
+# Builds what the tests need, then runs them. Arguments replace the whole suite:
 #   tests/run.sh tests/unit -k seed
-# A browser is installed when there is none.
+# Installs a browser if there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python3 tests/environment.py --browser
+python3 tests/tools/environment.py --browser
 
 export COVERAGE_FILE=.build/coverage
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the two test processes share the cores

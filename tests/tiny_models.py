@@ -40,8 +40,8 @@ def heavy_tailed(shape, generator):
 
 
 def weight(key, shape, seed):
-    """One tensor in fp32: norms near 1, biases near 0, matrices scaled to keep the size of what passes through."""
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) + (seed << 32))
+    """One tensor in fp32: norms near 1, biases near 0, matrices scaled to keep the magnitude of activations."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode(), seed))  # torch uses the low 32 bits only
     if "norm" in key and len(shape) == 1:
         return 1 + 0.1 * torch.randn(shape, generator=generator)
     if len(shape) < 2:
@@ -60,7 +60,7 @@ def linear_shapes(key, inputs, outputs, bias=True):
 
 
 def save(tensors, path, metadata=None):
-    """Write a safetensors file, making its folder."""
+    """Write a safetensors file, and its folder if it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata)
@@ -204,7 +204,7 @@ def write_sd3_lora(path, *, depth=2, rank=4, strength=0.5, seed=1, dtype=torch.b
 
 
 def t5xxl_shapes(vocabulary=32128):
-    """T5-XXL with all its layers and its width, which ComfyUI recognises it by, and little inside them."""
+    """T5-XXL with all its layers and its width, by which ComfyUI recognizes it, but small inside."""
     shapes = {
         "shared.weight": (vocabulary, T5_WIDTH),
         "encoder.final_layer_norm.weight": (T5_WIDTH,),
@@ -242,7 +242,7 @@ def clip_l_shapes(vocabulary=49408):
 
 
 def t5xxl_state_dict(*, vocabulary=32128, seed=0, dtype=torch.bfloat16):
-    """T5 weights; the embedding, most of the file, repeats 512 random rows, which is quick to make."""
+    """T5 weights. The embedding, which is most of the file, repeats 512 random rows to be fast."""
     shapes = t5xxl_shapes(vocabulary)
     rows = weight("shared.weight", (512, T5_WIDTH), seed).to(dtype)
     del shapes["shared.weight"]
@@ -264,7 +264,7 @@ def write_clip_l(path, *, seed=0, dtype=torch.float16):
 
 
 def write_sd3_checkpoint(path, *, depth=2, seed=0, dtype=torch.bfloat16, with_t5=False):
-    """An all-in-one SD3 checkpoint, for CheckpointLoaderSimple: diffusion model, CLIP-L, VAE and, if wished, T5."""
+    """An all-in-one SD3 checkpoint, for CheckpointLoaderSimple: diffusion model, CLIP-L, VAE and optionally T5."""
     shapes = sd3_shapes(depth, context=4096, pooled=CLIP_WIDTH + CLIP_G_WIDTH)
     parts = {
         "model.diffusion_model.": state_dict(shapes, seed=seed, dtype=dtype),

@@ -1,4 +1,4 @@
-"""`make bench`: how fast and how lean, beside other programs in the same run.
+"""`make bench`: speed, memory and quality, compared with other programs in the same run.
 
 python tests/benchmarks             # tensors on the CPU, and whole files of up to 1.5 GB
 python tests/benchmarks --cpu       # only these sections; also --files, --calibration
@@ -38,7 +38,7 @@ def main():
         type=int,
         default=5,
         metavar="N",
-        help="of N rounds the best counts, for whole files the median; default: 5",
+        help="rounds; the best one counts, for whole files the median; default: 5",
     )
     parser.add_argument("--save", action="store_true", help=f"write the sections into {RESULTS.name}")
     options = parser.parse_args()
@@ -55,7 +55,7 @@ def main():
 
 
 def save(name, text):
-    """Put a section between its own markers in RESULTS.md, and leave the others as they are."""
+    """Replace a section in RESULTS.md between its markers; the other sections stay."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n{text}\n{end}\n"
     whole = RESULTS.read_text() if RESULTS.exists() else "# Benchmark results\n"

@@ -1,4 +1,4 @@
-"""Jobs that are measured in a process of their own; the last line of output is their result as JSON.
+"""Jobs that are measured in their own process. The last line of output is the result as JSON.
 
 python child.py quantize IN OUT | several IN... | start COMFYUI
 """
@@ -16,7 +16,7 @@ sys.path.insert(0, str(TESTS))
 
 
 def quantize(source, target):
-    """One file, every choice at its default."""
+    """Quantize one file with the default choices."""
     import conftest  # noqa: F401  (loads the pack)
     from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
 
@@ -26,7 +26,7 @@ def quantize(source, target):
 
 
 def several(*sources):
-    """The best of three for each file, interleaved; of two where there are files above 4 GB."""
+    """The best of three interleaved runs for each file; of two if a file is larger than 4 GB."""
     import conftest  # noqa: F401
     from stochastic_fp8_pack.kernels.engine.file_job import quantize_file
 
@@ -44,7 +44,7 @@ def several(*sources):
 
 
 def start(comfyui):
-    """Importing the pack and its nodes where ComfyUI's own modules are imported already."""
+    """Import the pack and its nodes after ComfyUI's own modules."""
     sys.path[:] = [comfyui, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent)]
     import comfy.cli_args
     import utils.extra_config  # noqa: F401  (first, as main.py does: comfy/utils.py would hide it later)
@@ -79,7 +79,7 @@ def main():
 
 
 def peak_resident():
-    """Bytes. (getrusage would count what the parent held when it started this process.)"""
+    """Peak resident bytes. (getrusage would include what the parent held when it started this process.)"""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 

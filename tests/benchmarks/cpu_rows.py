@@ -16,7 +16,7 @@ BARS = {
     torch.float16: {"comfy": 15, "cast": 1.0, "comfy+": 8, "cast+": 0.5},
     torch.float32: {"comfy": 6, "cast": 0.35, "comfy+": None, "cast+": None},
 }
-"""At least how many times as fast; + is with error statistics."""
+"""Smallest ratio of the peer's time to ours. "+": with error statistics."""
 
 
 def rows(rounds):
@@ -27,7 +27,7 @@ def rows(rounds):
 
 
 def tensor_rows(dtype, rounds):
-    """Every rounding, with and without statistics, against the peers on the same tensor."""
+    """Every rounding, with and without statistics, compared with the peers on the same tensor."""
     x = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     contestants = {"comfy": comfy(x), "kitchen": kitchen(x), "cast": lambda: cast(x), "copy": x.clone}
     for rounding in ROUNDINGS:

@@ -1,4 +1,4 @@
-"""Whole files: time beside cp and convert-to-quant, memory, and how both grow."""
+"""Whole files: time compared with cp and convert-to-quant, memory, and how both grow."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ def rows(rounds):
 
 
 def big_rows(rounds):
-    """Files of 10 and 12 GB; they are sparse, but what is made of them is not."""
+    """Files of 10 and 12 GB. The sources are sparse, the results are not."""
     DATA.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(DATA).free
     if free < 8e9:
@@ -44,8 +44,8 @@ def big_rows(rounds):
 
 
 def flux_rows(rounds):
-    """A file like Flux's, with random weights in bf16. Medians: whether the system has pages at hand for a new file
-    makes `cp` itself up to seven times as slow, from one run to the next.
+    """A file like Flux's, with random bf16 weights. Medians, because `cp` itself can be seven times slower from one run
+    to the next, depending on whether the system has free pages for a new file.
     """
     source = flux_file()
     size = f"{source.stat().st_size / 1e9:.2f} GB file"
@@ -55,7 +55,7 @@ def flux_rows(rounds):
         def run_ours():
             ours.unlink(missing_ok=True)
             results.append(in_child("quantize", source, ours))
-            ours.unlink()  # for everyone the pages of one result are free, and of none in use
+            ours.unlink()  # every contestant starts with the pages of one result free
             return results[-1]["seconds"]
 
         def run_our_command():
@@ -67,7 +67,7 @@ def flux_rows(rounds):
             theirs.unlink(missing_ok=True)
             peers.convert_to_quant(source, theirs)
 
-        cp(source, copy)  # into the page cache, for everyone
+        cp(source, copy)  # brings the source into the page cache for every contestant
         contestants = {
             "ours": run_ours,
             "cp": lambda: cp(source, copy),
@@ -77,7 +77,7 @@ def flux_rows(rounds):
         commands = interleaved({"ours": run_our_command, "theirs": run_theirs}, max(1, rounds // 2), median)
     yield costs(size, seconds["ours"], "cp", seconds["cp"], at_most=3)
     yield costs(size, seconds["ours"], "cp and sync, as ours does", seconds["cp, sync"])
-    what = f"{size}: python -m kernels, with Python's start"
+    what = f"{size}: python -m kernels, including Python's start"
     yield faster(what, commands["ours"], "convert-to-quant --simple", commands["theirs"], at_least=8)
     yield memory_row(size, max(result["peak"] for result in results), source)
 
@@ -101,7 +101,7 @@ def memory_row(what, peak, source):
 
 
 def growth_rows(sizes):
-    """Seconds a GB must not rise with the size; sparse files of equal tensors."""
+    """Seconds per GB must not rise with the size. Sparse files of equal tensors."""
     files = [sparse_file(size) for size in sizes]
     seconds = in_child("several", *files)["seconds"]
     rates = [seconds[str(file)] / file.stat().st_size * 1e9 for file in files]
@@ -127,7 +127,7 @@ def many_tensors_rows():
 
 
 def flux_shapes():
-    """One double and three single blocks of Flux, its biggest tensors among them: 777 M weights."""
+    """One double and three single blocks of Flux, including its largest tensors: 777 M weights."""
     shapes = {"img_in.weight": (HIDDEN, 64), "txt_in.weight": (HIDDEN, 4096)}
     for stream in ("img", "txt"):
         block = f"double_blocks.0.{stream}_"
@@ -166,7 +166,7 @@ def repeating_file(name, count, shape):
 
 
 def sparse_file(size):
-    """Zeros that take no room: single blocks of Flux for the largest file, smaller tensors of one size for others."""
+    """A sparse file of zeros: tensors of Flux's single blocks for files above 10 GB, smaller ones below."""
     path = DATA / f"sparse_{size / 1e6:.0f}_MB.safetensors"
     shape = (7 * HIDDEN, HIDDEN) if size > 10e9 else (1024, 1024)
     count = round(size / (2 * shape[0] * shape[1]))
@@ -176,7 +176,7 @@ def sparse_file(size):
 
 
 def write_file(path, shapes, chunks):
-    """A safetensors file of bf16 tensors; what `chunks` do not fill is left sparse."""
+    """Write a safetensors file of bf16 tensors. What `chunks` do not fill stays sparse."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * torch.Size(shape).numel()

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: are the bytes the CPU's, and how fast? Prints a Markdown section for RESULTS.md.
+"""Speed on an NVIDIA GPU, and whether its bytes are the CPU's. Prints a Markdown section for RESULTS.md.
 
 python tests/benchmarks/gpu.py             # checks, then times
 python tests/benchmarks/gpu.py --times     # only these; also --checks
@@ -41,10 +41,10 @@ def main():
     print("## On an NVIDIA GPU\n")
     print(f"{machine()}\n\n    python {' '.join(['tests/benchmarks/gpu.py', *sys.argv[1:]])}\n", flush=True)
     if both or options.times:
-        print(f"{SIDE} x {SIDE}, bfloat16 to E4M3 where nothing else is said. Medians of many launches.\n")
+        print(f"{SIDE} x {SIDE}, bfloat16 to E4M3 unless stated otherwise. Medians of many launches.\n")
         print(table(time_rows()), flush=True)
     if both or options.checks:
-        print("\nAgainst the CPU, on fresh random tensors, into memory that held other bytes:\n")
+        print("\nCompared with the CPU, on new random tensors. The output memory is filled with other bytes first:\n")
         print(table(check_rows()), flush=True)
 
 
@@ -60,7 +60,7 @@ def time_rows():
     x = (torch.randn(SIDE, SIDE, device="cuda") * 0.02).bfloat16()
     plain = launches(lambda: x.to(torch.float8_e4m3fn))
     limit = 0.75 * launches(x.clone)
-    yield us("plain RNE cast, unscaled", plain, "limit: 3 bytes an element at the speed of a copy", limit)
+    yield us("plain RNE cast, unscaled", plain, "limit: 3 bytes per element at copy speed", limit)
     yield from rounding_rows(x, plain)
     yield from peer_rows(x)
     yield from whole_tensor_rows(x)
@@ -83,21 +83,21 @@ def rounding_rows(x, plain):
 
 
 def peer_rows(x):
-    """Scale given, scaling included: amax is the same pass for everyone."""
+    """With a given scale, which every contestant applies. amax is the same pass for all of them."""
     ours = launches(rounding_pass(x))
     scale = x.abs().amax().float() / LARGEST
     contestants = {
         f"{peers.KITCHEN}, as ComfyUI calls it": (kitchen(x, scale), 7),
         "comfy.float": (comfy(x, scale), None),
         "scaled RNE cast in PyTorch": (lambda: (x.float() / scale).to(torch.float8_e4m3fn), None),
-        "the PyTorch fallback of this pack": (rounding_pass(x, backend=reference), None),
+        "this pack's PyTorch fallback": (rounding_pass(x, backend=reference), None),
     }
     for peer, (run, bar) in contestants.items():
         yield faster("rounding pass, stochastic", ours, peer, run, bar)
 
 
 def whole_tensor_rows(x):
-    """quantize_tensor from beginning to end: what the GPU is busy with, and what passes until it returns."""
+    """The whole of quantize_tensor: GPU time and wall time."""
     amax = busy(lambda: nvidia.tensor_to_amax(x.view(-1)))
     norm = busy(lambda: torch.linalg.vector_norm(x, float("inf")))
     yield us("amax: GPU time", amax, "torch.linalg.vector_norm(x, inf)", norm)
@@ -107,11 +107,11 @@ def whole_tensor_rows(x):
         ours = busy(lambda measured=measured: quantize_tensor(x, key="k", statistics=measured))
         yield us(f"{what}: GPU time", ours, "plain RNE cast", plain, 3 if measured else None)
         passing = wall(lambda measured=measured: quantize_tensor(x, key="k", statistics=measured))
-        yield us(f"{what}: until it returns", passing, "GPU time of that", ours)
+        yield us(f"{what}: wall time", passing, "its GPU time", ours)
 
 
 def transfer_rows(x):
-    """A weight that lies in ordinary CPU memory, there and back."""
+    """A weight in pageable CPU memory, quantized on the GPU, with its codes back in CPU memory."""
     source, pinned = x.cpu(), x.cpu().pin_memory()
     codes, landing = x.to(torch.float8_e4m3fn), torch.empty(x.shape, dtype=torch.float8_e4m3fn, pin_memory=True)
 
@@ -120,9 +120,9 @@ def transfer_rows(x):
         landing.copy_(codes, non_blocking=True)
 
     ours = wall(lambda: quantize_tensor(source, key="k", device="cuda"))
-    yield us("from and to CPU memory, until it returns", ours, "the bus: pinned copies there and back", wall(bus))
+    yield us("from and to CPU memory, wall time", ours, "bus limit: pinned copies in both directions", wall(bus))
     naive = wall(lambda: source.to("cuda").to(torch.float8_e4m3fn).cpu())
-    yield us("from and to CPU memory, until it returns", ours, "plain .to(cuda), cast and .cpu()", naive)
+    yield us("from and to CPU memory, wall time", ours, "plain .to(cuda), cast and .cpu()", naive)
 
 
 def check_rows():
@@ -141,10 +141,10 @@ def check_rows():
     yield verdict("NaN and infinite values: found and counted", "all", 0 if gpu_checks.nonfinite() else "some")
     for bits, pairs, wrong in gpu_checks.divisions():
         yield verdict(f"divisions of {bits}-bit significands against IEEE division", pairs, wrong)
-    yield verdict("transfers: there and back", "all", gpu_checks.transfers())
+    yield verdict("transfers: to the GPU and back", "all", gpu_checks.transfers())
     peak, warnings, differ = gpu_checks.memory()
     yield Row("peak GPU memory, source in CPU memory", f"{peak:.2f} x the tensor", "", "", "<= 3 x", peak <= 3)
-    yield verdict(f"bytes with too little GPU memory ({len(warnings)} warnings)", "all", differ)
+    yield verdict(f"bytes, with too little GPU memory ({len(warnings)} warnings)", "all", differ)
 
 
 def verdict(what, compared, differ):
@@ -176,7 +176,7 @@ def launches(run):
 
 
 def busy(run, times=30):
-    """How long the GPU works for a call, in microseconds: the kernels', copies' and fills' own times."""
+    """GPU time of a call in microseconds: kernels, copies and fills."""
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(times):
@@ -186,7 +186,7 @@ def busy(run, times=30):
 
 
 def wall(run, times=15):
-    """The median of what passes between a call and the end of its work, in microseconds."""
+    """Median wall time of a call, in microseconds, until its result is complete."""
     run()
     seconds = []
     for _ in range(times):
@@ -203,11 +203,11 @@ def rounding_pass(x, rounding="stochastic", format="float8_e4m3fn", backend=nvid
     scale = torch.tensor(amax) / FORMATS[format].max
     task = Task(scale, amax, FORMATS[format], ROUNDINGS[rounding], stream_key(1, rounding, "k"))
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=x.device)
-    return lambda: backend.round_tensor(flat, codes, task, False)
+    return lambda: backend.quantize_slice(flat, codes, task, False)
 
 
 def kitchen(x, scale):
-    """comfy-kitchen as comfy.float.stochastic_rounding calls it, and the scaling before."""
+    """comfy-kitchen as comfy.float.stochastic_rounding calls it, with the scaling before it."""
     generator = torch.Generator(device="cuda")
 
     def run():
@@ -221,7 +221,7 @@ def kitchen(x, scale):
 
 
 def kitchen_module():
-    """comfy_kitchen, installed if need be. Raises Absent."""
+    """comfy_kitchen, installed if it is missing. Raises Absent."""
     if not importlib.util.find_spec("comfy_kitchen"):
         sys.path.append(str(peers.install(peers.KITCHEN)))
     module = importlib.import_module("comfy_kitchen")

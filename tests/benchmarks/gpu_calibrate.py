@@ -1,4 +1,4 @@
-"""Calibrated rounding on an NVIDIA GPU: as good as on the CPU, and how long for 12 billion parameters.
+"""Calibrated rounding on an NVIDIA GPU: its error compared with the CPU's, and its time for 12 billion parameters.
 
 python tests/benchmarks/gpu_calibrate.py     # prints a Markdown section for RESULTS.md
 """
@@ -34,7 +34,7 @@ def main():
 
 
 def inputs(rows, width, device, seed=0):
-    """Rows that share directions and differ in size, as activations do."""
+    """Correlated rows of different magnitude, like activations."""
     generator = torch.Generator(device).manual_seed(seed)
     options = {"generator": generator, "device": device}
     shared = torch.randn(rows, width // 4, **options) @ torch.randn(width // 4, width, **options)
@@ -55,7 +55,7 @@ def weight(outputs, width, device="cuda"):
 
 
 def agreement_rows():
-    """The predicted error on both devices, from the same data."""
+    """The predicted error on both devices, for the same data."""
     layer = seen(1536, 2 * CHUNK_ROWS)
     packed = layer.read_moment()
     on_cpu = LayerCalibration(layer.width, layer.rows, layer.amax, packed.cpu)
@@ -89,7 +89,7 @@ def matmul_rows():
 
 
 def time_rows():
-    """A layer of each shape, one after the other, and what that makes for a whole model."""
+    """One layer of each shape, and the time extrapolated to a whole model."""
     calibrate_tensor(weight(256, 3072), seen(3072, CHUNK_ROWS))
     total = parameters = 0
     for outputs, width in SHAPES:
@@ -105,7 +105,7 @@ def time_rows():
         memory = f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         yield Row(f"{outputs} x {width}", f"{seconds:.2f} s", memory, f"error {gain:.2f} x nearest")
     minutes = total / parameters * PARAMETERS / 60
-    what = f"all of them, for {PARAMETERS / 1e9:.0f} billion parameters"
+    what = f"extrapolated to {PARAMETERS / 1e9:.0f} billion parameters"
     yield Row(what, f"{minutes:.1f} min", "", "", f"<= {MINUTES} min", minutes <= MINUTES)
 
 

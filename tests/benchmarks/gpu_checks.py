@@ -1,4 +1,4 @@
-"""What must hold on a GPU: the CPU's bytes, statistics and errors, whatever the size, layout, stream or memory."""
+"""Checks on a GPU: the CPU's bytes, statistics and errors, for every size, layout, stream and amount of memory."""
 
 import logging
 import multiprocessing
@@ -18,9 +18,9 @@ from stochastic_fp8_pack.kernels.numerics.random_bits import BLOCK, stream_from,
 from stochastic_fp8_pack.kernels.numerics.scaling import amax_to_scale
 from stochastic_fp8_pack.kernels.numerics.transfers import (
     PIECE_BYTES,
-    PIECES,
+    PIECES_IN_FLIGHT,
     STAGED_BYTES,
-    Ahead,
+    Prefetcher,
     begin_transfer,
     copy,
 )
@@ -34,7 +34,7 @@ COUNTED = ("count", "saturated", "flushed", "exact", "amax", "step_histogram", "
 
 
 def heavy_tailed(n, dtype):
-    """Fresh weights with outliers, tiny values, both zeros and powers of two. Drawn on the GPU, which is quicker."""
+    """New random weights with outliers, tiny values, both zeros and powers of two, drawn on the GPU for speed."""
     with torch.device("cuda"):
         values = torch.randn(n, dtype=torch.float64) * torch.exp(2 * torch.randn(n, dtype=torch.float64))
         powers = torch.exp2(torch.randint(-40, 10, (n,)).double())
@@ -45,7 +45,7 @@ def heavy_tailed(n, dtype):
 
 
 def grid():
-    """Every format, rounding and dtype, each in a process of its own (they mostly compile): a Counter of findings."""
+    """Check every format, rounding and dtype, each in its own process (most of the time is compilation)."""
     combinations = list(product(DTYPES, FORMATS, ROUNDINGS))
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         return sum(pool.map(check_combination, combinations), Counter())
@@ -62,17 +62,17 @@ def check_combination(combination):
     return found
 
 
-def _compare(x, format, rounding, scaling, stream):
+def _compare(x, float8, rounding, scaling, stream):
     on_gpu = x.cuda()
     amax = nvidia.tensor_to_amax(on_gpu)
-    scale = amax_to_scale(amax, format, scaling)
-    task = Task(scale, amax, format, rounding, stream)
+    scale = amax_to_scale(amax, float8, scaling)
+    task = Task(scale, amax, float8, rounding, stream)
     codes = torch.empty(x.shape, dtype=torch.uint8)
-    expected = cpu.round_tensor(x, codes, task, True)
+    expected = cpu.quantize_slice(x, codes, task, True)
     found = Counter(tensors=1, elements=x.numel(), amax_differs=amax != reference.tensor_to_amax(x))
     for backend, statistics in ((nvidia, False), (nvidia, True), (reference, False)):
         result = _poisoned(x.numel())
-        error = backend.round_tensor(on_gpu, result, task, statistics)
+        error = backend.quantize_slice(on_gpu, result, task, statistics)
         found["bytes"] += x.numel()
         found["bytes_differ"] += int((result.cpu() != codes).sum())
         if error is not None:
@@ -91,12 +91,12 @@ def _compare_statistics(ours, expected):
 
 
 def _poisoned(n):
-    """Memory for n codes, filled with others, so that a byte nobody writes shows."""
+    """Memory for n codes, filled with another value, so that an unwritten byte shows."""
     return torch.full((n,), POISON, dtype=torch.uint8, device="cuda")
 
 
 def layouts():
-    """Non-contiguous and offset tensors, any dimensions, another stream, every GPU: how many bytes differ."""
+    """How many bytes differ for strided and offset tensors, any dimensions, another stream, and on every GPU."""
     x = heavy_tailed(1500 * 700, "bfloat16").reshape(1500, 700)
     side_stream = torch.cuda.Stream()
     views = [lambda t: t.T, lambda t: t[1:], lambda t: t.reshape(-1)[1:], lambda t: t[:, ::3], lambda t: t[7, 9]]
@@ -123,17 +123,17 @@ def beyond_int32():
     for part in x.split(1 << 28):
         part.normal_(std=0.02)
     amax = nvidia.tensor_to_amax(x)
-    format, rounding, stream = FORMATS["float8_e4m3fn"], ROUNDINGS["stochastic"], stream_key(9, "stochastic", "k")
-    scale = amax_to_scale(amax, format, SCALINGS["absmax"])
+    float8, rounding, stream = FORMATS["float8_e4m3fn"], ROUNDINGS["stochastic"], stream_key(9, "stochastic", "k")
+    scale = amax_to_scale(amax, float8, SCALINGS["absmax"])
     compared = differ = 0
     for statistics in (False, True):
         codes = _poisoned(n)
-        error = nvidia.round_tensor(x, codes, Task(scale, amax, format, rounding, stream), statistics)
+        error = nvidia.quantize_slice(x, codes, Task(scale, amax, float8, rounding, stream), statistics)
         for block in (0, 2**30 // BLOCK - 2, 2**31 // BLOCK - 8, random.randrange(2**14), n // BLOCK - 3):
             part = slice(block * BLOCK, block * BLOCK + 16 * BLOCK)
-            task = Task(scale, amax, format, rounding, stream_from(stream, block))
+            task = Task(scale, amax, float8, rounding, stream_from(stream, block))
             expected = torch.empty(codes[part].shape, dtype=torch.uint8)
-            cpu.round_tensor(x[part].cpu(), expected, task, False)
+            cpu.quantize_slice(x[part].cpu(), expected, task, False)
             compared += expected.numel()
             differ += int((codes[part].cpu() != expected).sum())
     counted = sum(error.step_histogram) == n == sum(error.relative_histogram) + error.exact
@@ -141,7 +141,7 @@ def beyond_int32():
 
 
 def nonfinite():
-    """Whether NaN and infinity anywhere are found and counted, on the GPU and on the way to it."""
+    """Whether NaN and infinity are found and counted, for tensors on the GPU and tensors sent there."""
     right = 0
     for where, device, dtype in product((0, 70_000, 200_000), (None, "cuda"), DTYPES.values()):
         x = torch.randn(200_001).to(dtype)
@@ -154,30 +154,30 @@ def nonfinite():
 
 
 def transfers():
-    """Elements that differ after a way to the GPU and back, from ordinary, pinned and strided memory, of any size."""
+    """Elements that differ after a copy to the GPU and back, from pageable, pinned and strided memory."""
     differ = 0
-    pieces = (PIECES + 2) * PIECE_BYTES
+    pieces = (PIECES_IN_FLIGHT + 2) * PIECE_BYTES
     for nbytes in (4, STAGED_BYTES, STAGED_BYTES + 2, PIECE_BYTES, PIECE_BYTES + 2, pieces, pieces + 2):
         x = torch.randint(-(2**15), 2**15, (nbytes // 2,), dtype=torch.int16)
         for source in (x, x.pin_memory(), x.repeat_interleave(2)[::2], x.view(torch.bfloat16)):
-            with Ahead(GPU) as ahead:
-                ahead.begin(source)
-                there = ahead(source, GPU)
+            with Prefetcher(GPU) as prefetcher:
+                prefetcher.prefetch(source)
+                there = prefetcher(source, GPU)
             copied = copy(source, torch.empty_like(there))
             strided = there.repeat_interleave(2)[::2]
             codes = there.contiguous().view(torch.float8_e4m3fn)
             back = [begin_transfer(each, CPU) for each in (there, strided, codes, copied)]
             back = [arrival() for arrival in back] + [copy(there, torch.empty_like(source))]
             differ += sum(int((each.view(torch.int16) != x).sum()) for each in back)
-    with Ahead(GPU) as ahead:
-        ahead.begin(torch.ones(pieces, dtype=torch.uint8))
-    reused = torch.zeros(pieces, dtype=torch.uint8, device=GPU)  # the memory of one that nobody asked for
+    with Prefetcher(GPU) as prefetcher:
+        prefetcher.prefetch(torch.ones(pieces, dtype=torch.uint8))
+    reused = torch.zeros(pieces, dtype=torch.uint8, device=GPU)  # the memory of a tensor that was never consumed
     torch.cuda.synchronize()
     return differ + int(reused.sum())
 
 
 def memory():
-    """(peak GPU memory over the tensor's size, warnings and differing bytes with too little of it)."""
+    """(peak GPU memory divided by the tensor's size, warnings and differing bytes with too little memory)."""
     x = (torch.randn(1 << 27) * 0.02).bfloat16()
     expected = quantize_tensor(x, key="k", statistics=True)
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Quantizing in ComfyUI's graph on an NVIDIA GPU: is a model that lies in CPU memory bound by the bus?
+"""Quantizing in ComfyUI's graph on an NVIDIA GPU: does the bus limit the speed for a model in CPU memory?
 
 COMFYUI_DIR=... python tests/benchmarks/gpu_graph.py     # prints a Markdown section for RESULTS.md
 python tests/benchmarks/gpu_graph.py --layers 24         # a model of 7 GB instead of 24
@@ -31,11 +31,12 @@ comfy.options.enable_args_parsing(False)
 import comfy.sd  # noqa: E402
 import server  # noqa: E402
 
-server.PromptServer(asyncio.new_event_loop())  # to which the nodes add their routes
+server.PromptServer(asyncio.new_event_loop())  # the nodes add their routes to it
 
 from comfyui_version import __version__ as VERSION  # noqa: E402
 from measure import Row, costs, duration, faster, interleaved, table  # noqa: E402
 from stochastic_fp8_pack.kernels import Recipe, quantize_tensor  # noqa: E402
+from stochastic_fp8_pack.kernels.engine.quantization import select  # noqa: E402
 from stochastic_fp8_pack.kernels.numerics.transfers import to_device  # noqa: E402
 from stochastic_fp8_pack.nodes import in_graph, models  # noqa: E402
 
@@ -46,7 +47,7 @@ ROUNDS = 7
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=80, help="of 151 million weights each")
+    parser.add_argument("--layers", type=int, default=80, help="blocks of 151 million weights; default: %(default)s")
     options = parser.parse_args(ARGUMENTS)
     gpu = torch.cuda.get_device_properties(0)
     print("## In ComfyUI's graph on an NVIDIA GPU\n")
@@ -65,16 +66,15 @@ def wan(layers):
 
 def rows(network):
     recipe = Recipe(layers="auto")
-    selection = in_graph.select(network, recipe)
-    names = selection.quantize
-    size = sum(network.info(name).nbytes for name in names)
+    names = select(network, recipe).quantize
+    size = sum(network.tensors[name].nbytes for name in names)
     what = f"{len(names)} weights, {size / 1e9:.1f} GB in CPU memory"
-    first, _ = quantize(network, selection, recipe)
+    first, _ = quantize(network, recipe)
     torch.cuda.reset_peak_memory_stats()
-    _, part = quantize(network, selection, recipe)
+    _, state = quantize(network, recipe)
     peak = torch.cuda.max_memory_allocated()
     contestants = {
-        "ours": lambda: quantize(network, selection, recipe)[0],
+        "ours": lambda: quantize(network, recipe)[0],
         "plain": lambda: plain_seconds(network, names),
         "bus": lambda: bus_seconds(size),
         "moved": lambda: moved_seconds(network, names),
@@ -82,31 +82,31 @@ def rows(network):
     }
     seconds = interleaved(contestants, ROUNDS, statistics.median)
     ours = seconds["ours"]
-    yield costs(f"{what}: quantized, with statistics", ours, "the bus: sending them, pinned", seconds["bus"])
-    yield costs("the same", ours, "moving alone: sending them, fetching as many codes", seconds["moved"])
-    yield costs("the same", ours, "fresh CPU memory for the result, cleared", seconds["fresh"])
+    yield costs(
+        f"{what}: quantized, with statistics", ours, "bus limit: sending them from pinned memory", seconds["bus"]
+    )
+    yield costs("the same", ours, "transfers only: sending them, fetching the codes", seconds["moved"])
+    yield costs("the same", ours, "clearing new CPU memory for the result", seconds["fresh"])
     yield faster("the same", ours, "plain .to(cuda), scaled cast and .cpu()", seconds["plain"])
-    yield Row("the same, the first time", duration(first), "with Triton's compiling")
-    largest = max(network.info(name).nbytes for name in names)
+    yield Row("the same, the first time", duration(first), "with Triton compilation")
+    largest = max(network.tensors[name].nbytes for name in names)
     yield Row("peak GPU memory", f"{peak / largest:.2f} x the largest tensor", "", "", "<= 3 x", peak <= 3 * largest)
-    yield differing("bytes against the CPU's", network, part)
+    yield differing("bytes compared with the CPU's", network, state)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.5 * largest / torch.cuda.get_device_properties(0).total_memory)
-    yield differing(
-        "the same with too little GPU memory for a tensor", network, quantize(network, selection, recipe)[1]
-    )
+    yield differing("the same, with too little GPU memory for a tensor", network, quantize(network, recipe)[1])
 
 
-def quantize(network, selection, recipe):
-    """Seconds, and the quantized weights."""
+def quantize(network, recipe):
+    """Seconds, and the state dict."""
     start = time.perf_counter()
-    part, _ = in_graph.quantize_network(network, selection, recipe, CUDA, "wan")
+    _, state = in_graph.quantize_network(network, recipe, CUDA)
     torch.cuda.synchronize()
-    return time.perf_counter() - start, part
+    return time.perf_counter() - start, state
 
 
 def bus_seconds(size):
-    """To send so many bytes from pinned memory."""
+    """Seconds to send that many bytes from pinned memory."""
     pinned, there = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True), torch.empty(1 << 28, device=CUDA).byte()
     seconds = []
     for _ in range(5):
@@ -119,7 +119,7 @@ def bus_seconds(size):
 
 
 def moved_seconds(network, names):
-    """To send the weights from where they lie, and to fetch as many codes into memory of their own."""
+    """Seconds to send the weights from where they are, and to fetch as many codes into new memory."""
     codes = torch.zeros(max(network.tensor(name).numel() for name in names), dtype=torch.uint8, device=CUDA)
     start, kept = time.perf_counter(), []
     for name in names:
@@ -138,7 +138,7 @@ def plain_seconds(network, names):
 
 
 def fresh_seconds(network, names):
-    """For the operating system to hand out the result's memory: every page is cleared when first touched."""
+    """Seconds to get new memory for the result: the operating system clears every page when it is first used."""
     start = time.perf_counter()
     kept = [torch.empty(network.tensor(name).shape, dtype=torch.uint8).zero_() for name in names]
     seconds = time.perf_counter() - start
@@ -146,13 +146,13 @@ def fresh_seconds(network, names):
     return seconds
 
 
-def differing(what, network, part):
-    """Every sixteenth weight, quantized on the CPU."""
+def differing(what, network, state):
+    """Compare every sixteenth weight with the CPU's codes."""
     compared = differ = 0
-    for name in list(part.weights)[::16]:
+    for name in list(state.weights)[::16]:
         expected = quantize_tensor(network.tensor(name), key=name).codes.view(torch.uint8)
         compared += expected.numel()
-        differ += int((part.weights[name].codes.view(torch.uint8) != expected).sum())
+        differ += int((state.weights[name].codes.read().view(torch.uint8) != expected).sum())
     return Row(what, f"{differ} differ", f"of {compared:,}", "", "0", differ == 0)
 
 

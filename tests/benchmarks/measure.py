@@ -1,4 +1,4 @@
-"""Timing contestants side by side, and the rows that say who met which bar."""
+"""Times contestants side by side, and formats rows that say whether a bar is met."""
 
 import json
 import os
@@ -14,12 +14,12 @@ CHILD = Path(__file__).with_name("child.py")
 
 
 class Absent(Exception):
-    """A peer or a measurement that cannot be had here; the message says why."""
+    """A peer or a measurement that is not available here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: ours beside another, or beside a limit."""
+    """One measurement of this pack, compared with another or with a limit."""
 
     what: str
     ours: str
@@ -37,7 +37,7 @@ HEADS = ("what", "ours", "against", "ratio", "bar", "")
 
 
 def table(rows):
-    """The rows as a Markdown table whose columns also line up in a terminal."""
+    """The rows as a Markdown table with aligned columns."""
     lines = [HEADS, *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
     lines.insert(1, tuple("-" * width for width in widths))
@@ -45,7 +45,7 @@ def table(rows):
 
 
 def faster(what, ours, peer, peer_seconds, at_least=None):
-    """A row in which the ratio says how many times as fast as the peer we are. `ours`: seconds."""
+    """A row whose ratio is the peer's time divided by ours. `ours`: seconds."""
     if isinstance(peer_seconds, Absent):
         return Row(what, duration(ours), f"{peer}: absent, {peer_seconds}")
     ratio = peer_seconds / ours
@@ -54,7 +54,7 @@ def faster(what, ours, peer, peer_seconds, at_least=None):
 
 
 def costs(what, ours, other, other_seconds, at_most=None):
-    """A row in which the ratio says how many times the other's time we take."""
+    """A row whose ratio is our time divided by the other's."""
     ratio = ours / other_seconds
     bar, met = (f"<= {at_most:g} x", ratio <= at_most) if at_most else ("", None)
     return Row(what, duration(ours), f"{other} {duration(other_seconds)}", f"{ratio:.2f} x", bar, met)
@@ -65,10 +65,10 @@ def duration(seconds):
 
 
 def interleaved(contestants, rounds, of=min):
-    """The time of each: name -> function in, name -> seconds out, the best of all rounds or what `of` makes of them.
+    """Time functions by name. Returns seconds by name: the best of all rounds, or `of` all rounds.
 
-    Each round runs everyone once. A function may return its own seconds. One that raises Absent is absent: its entry is
-    the exception.
+    Each round runs every function once. A function may return its own seconds. The entry of a function that raises
+    Absent is the exception.
     """
     seconds, absent = {name: [] for name in contestants}, {}
     for _ in range(rounds):
@@ -85,13 +85,13 @@ def interleaved(contestants, rounds, of=min):
 
 
 def environment(**variables):
-    """Of a program that is timed: what it compiles is kept for the next time, as on a user's machine."""
+    """The environment of a timed program. Its bytecode is kept for the next run, as on a user's machine."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {**kept, "PYTHONPYCACHEPREFIX": str(WORKSPACE / "bytecode"), **variables}
 
 
 def in_child(job, *arguments):
-    """Run a job of child.py in a process of its own: what it measured, with `peak` (resident bytes)."""
+    """Run a job of child.py in its own process. Returns what it measured, and `peak` (resident bytes)."""
     command = [sys.executable, CHILD, job, *map(str, arguments)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -100,7 +100,7 @@ def in_child(job, *arguments):
 
 
 def machine():
-    """What this was measured on, in words."""
+    """The machine and the conditions of the measurement, in words."""
     import torch
 
     cores = len(os.sched_getaffinity(0))

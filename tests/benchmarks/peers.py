@@ -1,4 +1,4 @@
-"""The programs we are measured against: pinned, and installed beside the test environment, never into it."""
+"""The programs that this pack is compared with: pinned, and installed beside the test environment, not into it."""
 
 import importlib
 import importlib.util
@@ -15,7 +15,7 @@ FOLDER = WORKSPACE / "peers"
 
 
 def install(requirement):
-    """Install one package, without what it depends on, so that torch stays as it is. Raises Absent."""
+    """Install one package without its dependencies, so that torch does not change. Raises Absent."""
     folder = FOLDER / requirement.replace("==", "-")
     if not folder.is_dir():
         partial = folder.with_suffix(".part")
@@ -31,15 +31,15 @@ def install(requirement):
 
 
 def comfyui():
-    """The folder of the ComfyUI that the tests run in."""
+    """The folder of the ComfyUI that the tests run with."""
     folder = os.environ.get("COMFYUI_DIR") or ROOT / ".build" / "comfyui"
     if not os.path.isdir(folder):
-        raise Absent("there is no ComfyUI: run python3 tests/environment.py")
+        raise Absent("there is no ComfyUI: run python3 tests/tools/environment.py")
     return str(folder)
 
 
 def comfy_float():
-    """ComfyUI's own stochastic_rounding(value, dtype, seed), which needs nothing of the rest of ComfyUI."""
+    """ComfyUI's stochastic_rounding(value, dtype, seed), loaded without the rest of ComfyUI."""
     path = os.path.join(comfyui(), "comfy", "float.py")
     spec = importlib.util.spec_from_file_location("comfy_float", path)
     module = importlib.util.module_from_spec(spec)
@@ -59,7 +59,7 @@ def kitchen_eager():
 
 
 def convert_to_quant(source, target):
-    """Quantize a file to E4M3 on the CPU with convert-to-quant's quickest method."""
+    """Quantize a file to E4M3 on the CPU with convert-to-quant's fastest method."""
     path = os.pathsep.join(str(install(part)) for part in CONVERT_TO_QUANT)
     options = ["--simple", "--comfy_quant", "--device", "cpu", "--verbose", "MINIMAL"]
     command = [sys.executable, "-m", "convert_to_quant.convert_to_quant", "-i", source, "-o", target, *options]

@@ -1,4 +1,4 @@
-"""Calibrated rounding: what it saves of the loss, on a model that paints and on one that reads, and what it costs."""
+"""Calibrated rounding: its quality on an image model and on a sentence model, and its time."""
 
 import math
 import pydoc_data.topics
@@ -22,18 +22,18 @@ from stochastic_fp8_pack.kernels.calibration.file import load_calibration
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 
 WORDS = ("dawn", "day", "dusk", "night")
-BATCH, RUNS = 4, 2  # images at once, and how often, of each word
+BATCH, RUNS = 4, 2  # images per run and runs, per word
 CALIBRATION_SEEDS = (1000, 2000, 3000, 4000)
 HELD_OUT_SEEDS = (42, 43, 44, 45, 142, 143, 144, 145)  # two images each
 RENDER = {"steps": 20, "cfg": 2.5}
 LANDSCAPE_BARS = {"float8_e4m3fn": (0.33, 5.0), "float8_e5m2": (0.33, 3.0)}
-"""Layer error relative to nearest's, at most, and dB of PSNR more than nearest, at least."""
+"""Largest layer error relative to nearest's, and smallest gain of PSNR over nearest in dB."""
 
 SPEED_SIDE, SPEED_BAR = 3072, 0.5  # seconds per million parameters on one core
 
 
 def rows(rounds):
-    """`rounds` is not used: these are qualities, and times of one long job each."""
+    """`rounds` is not used: these rows are qualities, and times of single long jobs."""
     yield from landscape_rows()
     yield from sentence_rows()
     yield from block_rows()
@@ -97,7 +97,7 @@ class Studio:
         return load_calibration(self.server.output / "fp8_calibrations" / f"{name}_00001_.safetensors")
 
     def render(self, choices):
-        """Images (16, 256, 256, 3) of the held-out seeds, of the model quantized with these choices if any."""
+        """Images (16, 256, 256, 3) of the held-out seeds. choices: how to quantize the model; None: not at all."""
         graph = Graph()
         model, scenes = self.inputs(graph)
         vae = graph.add("StochasticFP8DemoModel", scene=WORDS[0])[3]
@@ -239,7 +239,7 @@ class Reader:
         return choose_sentences(" ".join(path.read_text(errors="ignore") for path in files))
 
     def read(self, sentences):
-        """(what the layers were fed, the sentences' embeddings); padding is left out."""
+        """(recorded layer inputs, embeddings of the sentences), without padding."""
         observer, embeddings, mask = ActivationRecorder(), [], None
         hooks = [
             layer.register_forward_pre_hook(lambda _, inputs, key=key: observer.observe(key, inputs[0][mask]))
@@ -283,7 +283,7 @@ class _Swapped:
 
 
 def choose_sentences(text):
-    """Some whole sentences, the same ones every time."""
+    """Whole sentences, the same on every call."""
     sentences = [re.sub(r"\s+", " ", part).strip() for part in re.split(r"(?<=[.!?;])\s", text)]
     unique = sorted({sentence for sentence in sentences if 30 < len(sentence) < 400})
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(0))[:SENTENCES]

@@ -1,4 +1,4 @@
-"""A Chromium that tests drive: playwright-core does the work in a node process (driver.mjs).
+"""A Chromium that tests control through playwright-core in a node process (driver.mjs).
 
     with Browser() as page:
         page.goto(server.url)
@@ -22,7 +22,7 @@ OUR_FILES = "/extensions/stochastic-fp8/"
 
 
 class BrowserError(Exception):
-    """What playwright says when a call fails."""
+    """A failed call, with playwright's message."""
 
 
 class Target:

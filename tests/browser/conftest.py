@@ -9,14 +9,14 @@ from browser.chromium import NODE_MODULES, Browser
 from browser.workspace import SCREENSHOTS, Workspace
 
 LONG = 20_000
-"""Layers of long.safetensors: most of a minute's work, of which tests see the first seconds."""
+"""Layers of long.safetensors: enough work for tests to see a running job and cancel it."""
 
 
 @pytest.fixture(scope="session")
 def browser():
-    """One Chromium a test process."""
+    """One Chromium per test process."""
     if not (shutil.which("chromium") and NODE_MODULES.exists()):
-        pytest.skip("needs a browser: tests/environment.py --browser")
+        pytest.skip("needs a browser: tests/tools/environment.py --browser")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with Browser() as browser:
         yield browser
@@ -24,7 +24,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def models(comfyui):
-    """The server, with tiny.safetensors, and long.safetensors, whose many layers take a while."""
+    """The server with tiny.safetensors, and long.safetensors, whose many layers take a while."""
     folder = comfyui.models("diffusion_models")
     tiny_models.write_sd3(folder / "tiny.safetensors")
     layers = torch.randn(LONG, 16, 16).bfloat16().unbind()

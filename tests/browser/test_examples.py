@@ -1,4 +1,4 @@
-"""Every example workflow opens and runs in the page, and its panels tell what its reports hold."""
+"""Every example workflow opens and runs in the page, and its panels show the numbers of its reports."""
 
 import pytest
 import tiny_models

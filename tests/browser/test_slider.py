@@ -70,7 +70,7 @@ def test_the_divider_shows_a_left_and_b_right(workspace, pictures):
     assert colours(workspace, "divider_left") == [127, 127]
 
 
-def test_the_pictures_have_the_names_they_were_given(workspace, pictures):
+def test_the_images_show_their_labels(workspace, pictures):
     workspace.open()
     compare(workspace, label_a="sixteen bits", label_b="nearest " * 20)
     assert "between image sixteen bits and image nearest" in stage(workspace).getAttribute("aria-label")
@@ -103,7 +103,7 @@ def colours(workspace, name):
         return [picture.getpixel((int(picture.width * at), int(picture.height * 0.7))) for at in (0.25, 0.75)]
 
 
-def test_a_batch_is_gone_through_in_pairs(workspace, pictures):
+def test_a_batch_is_shown_pair_by_pair(workspace, pictures):
     workspace.open()
     compare(workspace, batch=3)
     assert "Pair 1 of 3" in workspace.wait_text("Pair", "slider")

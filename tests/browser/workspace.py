@@ -1,4 +1,4 @@
-"""ComfyUI's page as a user has it before them: nodes, their panels, the queue."""
+"""ComfyUI's page as a user sees it: nodes, their panels, the queue."""
 
 import json
 
@@ -34,13 +34,13 @@ THEMES = ("dark", "light")
 
 
 class Workspace:
-    """``page``: the Browser. Methods that take a node want its id."""
+    """``page``: the Browser. Methods that take a node take its id."""
 
     def __init__(self, page, server):
         self.page, self.server = page, server
 
     def open(self, renderer="canvas", theme="dark"):
-        """An empty graph, and a server that has nothing cached. Loads the page where it is not loaded yet."""
+        """Show an empty graph and clear the server's caches. Loads the page if necessary."""
         self.server.free()
         if not self.page.evaluate("location.href").startswith(self.server.url):
             self.page.goto(self.server.url)
@@ -52,7 +52,7 @@ class Workspace:
         return self
 
     def clear(self):
-        """An empty workflow, seen in its own size."""
+        """Show an empty workflow at 100 %."""
         self.page.evaluate(f"app.loadGraphData({{ id: crypto.randomUUID(), ...{json.dumps(EMPTY)} }})")
         self.page.evaluate("app.canvas.ds.reset()")
 
@@ -61,7 +61,7 @@ class Workspace:
         self.page.wait(READY)
 
     def close(self):
-        """Leave nothing for the next test, and fail if our files caused an error."""
+        """Clean up for the next test, and fail if our files caused an error."""
         self.server.interrupt()
         self.clear()
         errors, _ = self.page.take_log()
@@ -70,7 +70,7 @@ class Workspace:
     # --- the graph
 
     def add(self, type_, pos=(100, 200), **widgets):
-        """A new node; its id."""
+        """Add a node. Returns its id."""
         return self.page.evaluate(ADD_NODE % json.dumps({"type": type_, "pos": pos, "widgets": widgets}))
 
     def connect(self, source, output, target, name):
@@ -85,7 +85,7 @@ class Workspace:
         return self.page.evaluate(f"{self._node(node)}.{expression}")
 
     def changed(self):
-        """Let ComfyUI notice what was changed, as it does after a click or a key."""
+        """Let ComfyUI notice changes, as it does after a click or a key."""
         self.page.evaluate(CHANGED)
 
     def queue(self):
@@ -114,7 +114,7 @@ class Workspace:
         return self.page.locator(f".stochastic_fp8_{kind} >> nth={index} >> {selector}")
 
     def wait_text(self, text, kind="panel", index=0):
-        """Wait until a panel's visible part holds a text; all that it shows."""
+        """Wait until the visible part of a panel contains a text. Returns everything that it shows."""
         shown = f"[...document.querySelectorAll('.stochastic_fp8_{kind}')][{index}]?.shadowRoot.querySelector('.frame')"
         self.page.wait(f"{shown}?.innerText.includes({json.dumps(text)})")
         return self.page.evaluate(f"{shown}.innerText")
@@ -123,7 +123,7 @@ class Workspace:
         self.page.screenshot({"path": str(SCREENSHOTS / f"{name}.png")})
 
     def violations(self, kind="panel"):
-        """What axe-core finds wrong in our elements: rule, and the elements it is about."""
+        """The rules of axe-core that our elements break, each with its elements."""
         self.page.addScriptTag({"path": str(AXE)})
         return self.page.evaluate(f"""axe.run({{ include: [".stochastic_fp8_{kind}"] }}).then(({{ violations }}) =>
             violations.map(({{ id, nodes }}) => [id, ...nodes.map(({{ target }}) => JSON.stringify(target))]))""")

@@ -8,7 +8,7 @@ server.queue(graph.prompt)
 
 
 class Node:
-    """A node of a graph; ``node[i]`` is its i-th output, ``node.id`` its key in the prompt and in the results."""
+    """A node of a graph. ``node[i]`` is its i-th output, ``node.id`` its key in the prompt and in the results."""
 
     def __init__(self, node_id):
         self.id = node_id
@@ -24,7 +24,7 @@ class Graph:
         self.prompt = {}
 
     def add(self, class_type, **inputs):
-        """Add a node; an input is a literal or another node's output (a whole Node means its first)."""
+        """Add a node. An input is a literal, another node's output, or a Node, which means its first output."""
         node = Node(str(len(self.prompt) + 1))
         wired = {name: value[0] if isinstance(value, Node) else value for name, value in inputs.items()}
         self.prompt[node.id] = {"class_type": class_type, "inputs": wired}

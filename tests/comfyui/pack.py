@@ -1,4 +1,4 @@
-"""Short ways to write graphs with the pack's nodes, and to read what they made."""
+"""Short ways to write graphs with the pack's nodes, and to read their results."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ RECIPE = {
 }
 FILE_OPTIONS = {"layout": "native", "overwrite": False, "requantize": False}
 NEW = (0, 4)
-"""Versions from here on read inline entries and E5M2."""
+"""The first version that reads inline entries and E5M2."""
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model: its file, and how to sample with it. Each call of ``sample`` adds the nodes it needs."""
+    """A tiny model: its file, and how to sample with it. ``sample`` adds the nodes that it needs."""
 
     name: str
     write: object
@@ -67,18 +67,23 @@ FAMILIES = {
 
 
 class Bench:
-    """A server with the tiny models in place, and the graphs that all tests of the pack write."""
+    """A server with the tiny models, and the graphs that many tests write."""
 
     def __init__(self, server):
         self.server = server
         self.new = server.version >= NEW
         self.exact = server.on_cpu
-        """Whether ComfyUI loads models as they are stored and computes in fp32. On a GPU it takes half precision."""
+        """Whether ComfyUI loads models as stored and computes in fp32. On a GPU it uses half precision."""
 
     def close(self, one, other):
-        """Whether latents differ by no more than rounding while computing explains."""
+        """Whether latents differ by no more than rounding during the computation explains."""
         tolerance = 1e-4 if self.exact else 0.01 * one.abs().max()
         return (one - other).abs().max() <= tolerance
+
+    def same_values(self, one, other):
+        """Whether tensors that were not quantized are equal; on a GPU, up to a cast to 16 bits."""
+        relative, absolute = (0, 0) if self.exact else (2**-8, 1e-7)
+        return torch.allclose(one.double(), other.double(), relative, absolute, equal_nan=True)
 
     def model_file(self, family):
         path = self.server.models("diffusion_models") / FAMILIES[family].name
@@ -93,25 +98,25 @@ class Bench:
         return graph.add("UNETLoader", unet_name=str(name), weight_dtype=weight_dtype)
 
     def keep(self, graph, value, **kind):
-        """Save a latent (or conditioning=..., image=...) exactly; give the node to ``run``."""
+        """Add a node that saves a latent exactly, for ``run``. conditioning=True, as_="image": another type."""
         name = f"kept_{len(graph.prompt)}.safetensors"
         if "conditioning" in kind:
             return graph.add("TestSaveConditioning", name=name, conditioning=value)
         return graph.add("TestSaveTensor", name=name, **{kind.get("as_", "latent"): value})
 
     def run(self, graph, *kept):
-        """Run a graph; the tensors that its ``keep`` nodes saved, one or a list."""
+        """Run a graph. Returns the tensors of its ``keep`` nodes, or the only one."""
         entry = self.server.queue(graph.prompt)
         tensors = [load_file(self.server.files(entry, node.id, "tensors")[0])["samples"] for node in kept]
         return tensors[0] if len(tensors) == 1 else tensors
 
     def texts(self, graph, *nodes):
-        """Run a graph; the texts that the given nodes show."""
+        """Run a graph. Returns the texts that these nodes show."""
         outputs = self.server.queue(graph.prompt)["outputs"]
         return [outputs[node.id]["text"][0] for node in nodes]
 
     def sampled(self, family, name, **sampler):
-        """The latents of a model file."""
+        """The latents that a model file samples."""
         graph = Graph()
         latent = FAMILIES[family].sample(graph, self.load(graph, name), **sampler)
         return self.run(graph, self.keep(graph, latent))
@@ -121,7 +126,7 @@ class Bench:
         return self.server.output / folder / name
 
     def place(self, name, tensors, folder="diffusion_models", metadata=None):
-        """Write a model file of our own where the loaders look, and return its name."""
+        """Write a model file where the loaders find it. Returns its name."""
         save_file(
             {key: value.contiguous() for key, value in tensors.items()}, self.server.models(folder) / name, metadata
         )
@@ -137,7 +142,7 @@ def save(graph, prefix, layout="native", **what):
 
 
 def quantize_and_save(bench, family, prefix, layout="native", **choices):
-    """The file that quantizing a family's model in the graph and saving it gives."""
+    """Quantize a family's model in the graph and save it. Returns the file's path."""
     graph = Graph()
     saver = save(graph, prefix, layout, model=quantize(graph, bench.load(graph, family), **choices))
     return bench.saved(bench.texts(graph, saver)[0])
@@ -165,7 +170,7 @@ def equal(one, other):
 
 
 def multiplied_out(path):
-    """A scaled FP8 file as the plain fp32 weights it stands for: the oracle of every comparison."""
+    """The dequantized fp32 weights of a scaled FP8 file: the reference of every comparison."""
     tensors = load_file(path)
     plain = {}
     for key, tensor in tensors.items():
@@ -178,7 +183,7 @@ def multiplied_out(path):
 
 
 def rest_cast_to_float8(path, dtype=torch.float8_e4m3fn):
-    """What ComfyUI 0.3.75 makes of a legacy file: the Linear weights and biases that are not quantized become FP8."""
+    """The weights that ComfyUI 0.3.75 uses for a legacy file: unquantized Linear weights and biases become FP8."""
     plain, tensors = multiplied_out(path), load_file(path)
     for key, tensor in plain.items():
         weight = key.rpartition(".")[0] + ".weight"
@@ -194,7 +199,7 @@ def write_oracle(bench, name, tensors):
 
 
 def lora_of(path, strength=1.0):
-    """Weight name -> what a LoRA file in the generic format adds to it, computed from its definition."""
+    """Weight name -> the change by a LoRA file in the generic format, computed from its definition."""
     tensors = load_file(path)
     deltas = {}
     for key, down in tensors.items():
@@ -212,4 +217,4 @@ def log_since(server, mark):
 
 
 def temporary_files(server):
-    return list(Path(server.output).rglob("*.tmp-*"))
+    return list(Path(server.output).rglob(".stochastic_fp8-*.tmp"))

@@ -4,8 +4,8 @@
         entry = server.queue(prompt)          # the prompt in API format
         images = server.files(entry)
 
-Uses the ComfyUI that tests/environment.py built, or the one that COMFYUI_DIR and COMFYUI_PYTHON name. It computes on
-the CPU, unless COMFYUI_DEVICE is "gpu".
+Uses the ComfyUI that tests/tools/environment.py built, or the one that COMFYUI_DIR and COMFYUI_PYTHON name.
+It computes on the CPU, unless COMFYUI_DEVICE is "gpu".
 """
 
 import asyncio
@@ -75,7 +75,7 @@ def comfyui_dir():
 
 
 def comfyui_python():
-    """The interpreter that runs it. Not resolved: a link to it is what makes a virtual environment."""
+    """The interpreter that runs it. Not resolved: the link is what selects the virtual environment."""
     return Path(os.environ.get("COMFYUI_PYTHON") or PACK_ROOT / ".build" / "venv" / "bin" / "python").absolute()
 
 
@@ -86,10 +86,10 @@ def comfyui_version(folder=None):
 
 
 class ComfyUIServer:
-    """One ComfyUI process with a base directory of its own, the pack and the test-only nodes installed in it."""
+    """One ComfyUI process with its own base directory, in which the pack and the test-only nodes are installed."""
 
     def __init__(self, base, *, arguments=(), environment=None, with_pack=True, with_test_nodes=True):
-        """``base``: a folder for models, input, output and custom_nodes. ``arguments``: more of ComfyUI's options."""
+        """``base``: the folder for models, input, output and custom_nodes. ``arguments``: for its command line."""
         self.base = Path(base)
         self.log_file = self.base / "comfyui.log"
         self.version = comfyui_version()
@@ -111,7 +111,7 @@ class ComfyUIServer:
         self.stop()
 
     def start(self, attempts=3):
-        """Start ComfyUI and wait until it answers. Another program may snatch the free port: then try again."""
+        """Start ComfyUI and wait until it answers. Tries again if another program takes the free port first."""
         self._prepare_base()
         for attempt in range(attempts):
             self.port = _free_port()
@@ -129,7 +129,7 @@ class ComfyUIServer:
         return self
 
     def stop(self):
-        """End the process and all it started; harmless when there is none."""
+        """End the process and its children. Does nothing if there is none."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -202,7 +202,7 @@ class ComfyUIServer:
         return folder
 
     def log(self):
-        """All that ComfyUI has printed so far, without colours."""
+        """Everything that ComfyUI has printed, without colours."""
         text = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
         return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
@@ -314,7 +314,7 @@ class ComfyUIServer:
         raise ServerError(f"ComfyUI closed the connection:\n{self.log()[-4000:]}")
 
     async def _history(self, prompt_id):
-        """The finished run's entry, which ComfyUI files a moment after it has told of the end."""
+        """The history entry of a finished run. ComfyUI adds it a moment after the final message."""
         while not (history := self.get(f"/history/{prompt_id}")):
             await asyncio.sleep(0.01)
         return history[prompt_id]
@@ -327,6 +327,6 @@ def _free_port():
 
 
 def _die_with_parent():
-    """Have Linux end ComfyUI when the test process goes away, even if that one was killed."""
+    """Let Linux end ComfyUI when the test process ends, even when that is killed."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A ComfyUI without matplotlib and Triton: the pack loads, works, and says what is missing where it is needed."""
+"""Without matplotlib and Triton the pack loads and works, and nodes that need them say what to install."""
 
 import os
 
@@ -13,7 +13,7 @@ MISSING = ("matplotlib", "triton")
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """A server in whose Python the packages cannot be imported, and which embeds no workflows."""
+    """A server whose Python cannot import these packages, and which embeds no workflows."""
     folder = tmp_path_factory.mktemp("missing")
     for package in MISSING:
         (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError('none here', name={package!r})\n")
@@ -24,7 +24,7 @@ def bare(tmp_path_factory):
         yield Bench(server)
 
 
-def test_all_nodes_are_there(bare):
+def test_all_nodes_load(bare):
     nodes = {name for name in bare.server.object_info() if name.startswith("StochasticFP8")}
     assert nodes >= {
         "StochasticFP8Quantize",
@@ -36,7 +36,7 @@ def test_all_nodes_are_there(bare):
     }
 
 
-def test_quantizing_and_saving_need_neither(bare):
+def test_quantizing_and_saving_work_without_them(bare):
     graph = Graph()
     demo = graph.add("StochasticFP8DemoModel", scene="night")
     path = bare.saved(bare.texts(graph, save(graph, "bare", model=quantize(graph, demo)))[0])

@@ -1,4 +1,4 @@
-"""Calibration in a real ComfyUI: what is observed, what is left behind, what is saved, and what it gains."""
+"""Calibration in a real ComfyUI: what is recorded and saved, that nothing stays behind, and what it gains."""
 
 import json
 
@@ -12,7 +12,7 @@ from stochastic_fp8_pack.kernels.calibration.file import load_calibration
 from tiny_models import LANDSCAPES, write_sd3_lora
 
 ROWS_A_STEP = {"x": 2 * 256, "context": 2 * 8, "vector": 2}
-"""Of one 256 x 256 image, prompt and empty prompt together: patches of the latent, tokens, conditioning vectors."""
+"""Rows for one 256 x 256 image, prompt and empty prompt together: latent patches, tokens, conditioning vectors."""
 
 
 def calibrate(graph, scene, latent, **settings):
@@ -35,7 +35,7 @@ def saved_calibration(bench, graph, calibration, name):
 
 @pytest.fixture(scope="module")
 def calibration_file(bench):
-    """The name of a calibration of two words, four steps each."""
+    """The name of a calibration file: two scenes, four steps each."""
     graph = Graph()
     calibration = {}
     for word in ("day", "night"):
@@ -51,7 +51,7 @@ def loaded(graph, name):
     return graph.add("StochasticFP8LoadCalibration", calibration_name=name)
 
 
-def test_every_linear_is_observed_over_all_runs(bench, calibration_file):
+def test_every_linear_layer_is_recorded_over_all_runs(bench, calibration_file):
     layers = load_calibration(path_of(bench, calibration_file)).layers
     linear = {key: tensor for key, tensor in load_file(LANDSCAPES).items() if tensor.ndim == 2 and "pos" not in key}
     assert {key: layer.width for key, layer in layers.items()} == {key: w.shape[1] for key, w in linear.items()}
@@ -62,8 +62,8 @@ def test_every_linear_is_observed_over_all_runs(bench, calibration_file):
     assert layers["joint_blocks.0.x_block.adaLN_modulation.1.weight"].rows == steps * ROWS_A_STEP["vector"]
 
 
-def test_what_is_observed_is_what_flows(bench):
-    """The context embedder's inputs are the prompt itself and zeros: its moment is known beforehand."""
+def test_recorded_moments_are_those_of_the_inputs(bench):
+    """The context embedder's inputs are the prompt and zeros, so its moment is known."""
     graph = Graph()
     name = saved_calibration(bench, graph, calibrate(graph, *landscape(graph, "dusk"), steps=1), "known")
     layer = load_calibration(path_of(bench, name)).layers["context_embedder.weight"]
@@ -73,8 +73,8 @@ def test_what_is_observed_is_what_flows(bench):
     assert layer.amax == pytest.approx(prompt.abs().max().item(), rel=tolerance)
 
 
-def test_of_many_pictures_at_once_a_part_is_recorded(bench):
-    """8,192 patches in one call: every second makes 4,096."""
+def test_large_batches_are_subsampled(bench):
+    """Of 8,192 patches in one call, every second one is recorded."""
     graph = Graph()
     scene, _ = landscape(graph)
     latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=16)
@@ -84,8 +84,8 @@ def test_of_many_pictures_at_once_a_part_is_recorded(bench):
     assert layers["joint_blocks.0.context_block.attn.qkv.weight"].rows == 16 * ROWS_A_STEP["context"]
 
 
-def test_calibrating_samples_as_the_sampler_does_and_leaves_nothing(bench):
-    """The same latent with and without being observed, and again afterwards with the model that was."""
+def test_calibrating_gives_the_samplers_latents_and_leaves_no_hooks(bench):
+    """The latent is the same with and without recording, and afterwards with the same model."""
     graph = Graph()
     scene, latent = landscape(graph)
     node = calibrate(graph, (scene[0], scene[1], scene[2]), latent, seed=7)
@@ -96,7 +96,7 @@ def test_calibrating_samples_as_the_sampler_does_and_leaves_nothing(bench):
 
 
 def observed(bench, share=None, lora=None):
-    """What the layers saw over two steps, by a model of which a share is loaded: (layers, how it was loaded)."""
+    """(recorded layers, how the model was loaded) for two steps of a model of which a share is loaded."""
     if share is not None and bench.new and not bench.exact:
         pytest.skip("with dynamic VRAM there is no partial load: every weight is fetched for its call")
     bench.server.free()
@@ -119,8 +119,8 @@ def observed(bench, share=None, lora=None):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_model_with_little_memory_is_observed_alike(bench, share):
-    """ComfyUI then casts a layer's weight for each call: the layer is called all the same."""
+def test_a_partially_loaded_model_gives_the_same_calibration(bench, share):
+    """ComfyUI then casts a layer's weight for each call, and the layer's inputs are still recorded."""
     whole, loaded_whole = observed(bench)
     part, loaded_in_part = observed(bench, share)
     assert loaded_whole["left_behind"] == 0 < loaded_in_part["left_behind"] <= loaded_in_part["linear"] == 34
@@ -131,8 +131,8 @@ def test_a_model_with_little_memory_is_observed_alike(bench, share):
         assert torch.equal(layer.moment(), whole[key].moment()), key
 
 
-def test_a_lora_counts_with_little_memory_too(bench):
-    """ComfyUI then applies it for each call: what the layers see is what they see of a model loaded whole."""
+def test_a_lora_on_a_partially_loaded_model_is_recorded(bench):
+    """ComfyUI then applies it for each call, and the layers get the same inputs as in a fully loaded model."""
     lora = write_sd3_lora(bench.server.models("loras") / "calibrated.safetensors", depth=3).name
     plain, _ = observed(bench)
     whole, loaded_whole = observed(bench, lora=lora)
@@ -148,15 +148,17 @@ def distance(moment, other):
     return float((moment - other).norm() / other.norm())
 
 
-def test_a_quantized_model_is_better_calibrated(bench, calibration_file):
-    """Over eight pictures the median ratio of squared errors is near 0.5. In two steps errors do not yet grow by chance
-    into other shapes, which after many can hide in one picture what was gained in all."""
+def test_calibrated_rounding_gives_closer_latents(bench, calibration_file):
+    """The median ratio of squared errors over eight images is near 0.5.
+
+    After two steps, errors have not yet changed the shapes in an image. After many steps that can hide the gain.
+    """
     ratios = torch.cat([ratios_of_squared_errors(bench, word, calibration_file) for word in ("day", "night")])
     assert ratios.median() < 0.75, ratios
 
 
 def ratios_of_squared_errors(bench, word, calibration_file):
-    """Of four latents: calibrated against nearest, both all_linear, measured against the original."""
+    """Squared error of calibrated relative to nearest for four latents, both all_linear."""
     graph = Graph()
     scene = graph.add("StochasticFP8DemoModel", scene=word)
     latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=4)
@@ -215,7 +217,7 @@ def test_fp8_matmul_gets_input_scales(bench, calibration_file):
 
 
 def test_a_patched_model_is_calibrated(bench, calibration_file):
-    """The weights that are rounded are the patched ones, as with a LoRA."""
+    """The patched weights are rounded, as with a LoRA."""
     graph = Graph()
     scene, _ = landscape(graph)
     halved = graph.add("ModelMergeSimple", model1=scene[0], model2=scene[0], ratio=0.5)
@@ -230,7 +232,7 @@ def report_notes(bench, graph, quantized):
 
 
 def compared(bench, graph, model, calibration, **choices):
-    """What Compare FP8 Roundings says of a model's layers with a calibration, and the size of its picture."""
+    """The text of Compare FP8 Roundings for a model with a calibration, and the size of its image."""
     inputs = {"scaling": "absmax", "layers": "all_linear", "most_layers": 6, **choices}
     node = graph.add("StochasticFP8Compare", model=model, calibration=calibration, **inputs)
     shown = graph.add("TestShowText", value=node[1])
@@ -251,10 +253,10 @@ def test_compare_shows_what_calibrating_would_gain(bench, calibration_file):
     assert size == (1024, 1024)
 
 
-def test_compare_tells_of_another_models_calibration(bench, calibration_file):
+def test_compare_notes_another_models_calibration(bench, calibration_file):
     graph = Graph()
     text, _ = compared(bench, graph, bench.load(graph, "wan"), loaded(graph, calibration_file), most_layers=2)
-    assert text.startswith("The calibration knows none of these layers")
+    assert text.startswith("None of these layers is in the calibration.")
 
 
 def test_without_a_calibration_the_error_says_what_to_connect(bench):
@@ -266,16 +268,16 @@ def test_without_a_calibration_the_error_says_what_to_connect(bench):
         bench.server.queue(graph.prompt)
 
 
-def test_another_models_calibration_is_told_of(bench, calibration_file):
+def test_another_models_calibration_is_noted(bench, calibration_file):
     graph = Graph()
     model = bench.load(graph, "wan")
     quantized = quantize(graph, model, rounding="calibrated", calibration=loaded(graph, calibration_file))
     notes = " ".join(report_notes(bench, graph, quantized))
-    assert "rounded to nearest, since the calibration never saw them or saw another width there" in notes
+    assert "rounded to nearest, because the calibration has no inputs of this width for them" in notes
 
 
 def test_a_cancel_leaves_no_hook(bench):
-    """A hook that stayed would see the next run too, of the same cached model, and fail on the NaN below."""
+    """A leftover hook would also record the next run of the same cached model."""
     graph = Graph()
     scene, latent = landscape(graph, "dawn")
     node = calibrate(graph, scene, latent, steps=200)
@@ -294,7 +296,7 @@ def test_a_cancel_leaves_no_hook(bench):
 
 
 def test_an_error_leaves_no_hook(bench):
-    """A prompt of NaN makes the first layer's inputs NaN, which is an error that names the layer."""
+    """A NaN prompt makes the first layer's inputs NaN. The error names the layer."""
     bench.server.base.joinpath("input").mkdir(exist_ok=True)
     broken = {"nan.cond": torch.full((1, 8, 64), float("nan")), "nan.pooled_output": torch.zeros(1, 64)}
     save_file(broken, bench.server.base / "input" / "broken.safetensors")
@@ -308,19 +310,11 @@ def test_an_error_leaves_no_hook(bench):
 
 
 def hooks_on(bench, word):
-    """How many forward hooks the cached model carries."""
+    """The number of forward hooks on the cached model."""
     graph = Graph()
     scene, _ = landscape(graph, word)
     node = graph.add("TestHooks", model=scene[0])
     return json.loads(bench.texts(graph, node)[0])
-
-
-@pytest.mark.parametrize("node", ["Calibrate", "SaveCalibration", "LoadCalibration"])
-def test_help_pages_name_every_input(bench, node):
-    page = bench.server.get(f"/extensions/stochastic-fp8/docs/StochasticFP8{node}.md").decode()
-    inputs = bench.server.object_info(f"StochasticFP8{node}")["input_order"]
-    for name in (name for group in ("required", "optional") for name in inputs.get(group, ())):
-        assert name in page
 
 
 def test_calibrated_is_offered_where_a_calibration_can_be_connected(bench):

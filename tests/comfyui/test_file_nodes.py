@@ -28,7 +28,7 @@ def inspect(graph, file, deep=False, repair=False, prefix="repaired"):
     return graph.add("StochasticFP8Inspect", file=file, deep=deep, repair=repair, filename_prefix=prefix)
 
 
-def test_the_file_loads_as_what_it_stands_for(bench):
+def test_the_quantized_file_samples_like_its_dequantized_weights(bench):
     bench.model_file("sd3")
     graph = Graph()
     node = quantize_file(graph, "diffusion_models/sd3.safetensors", "from_file", rounding="nearest")
@@ -103,16 +103,19 @@ def test_an_all_in_one_checkpoint(bench):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04pickle", b"\xff" * 64, b"\x10\x00\x00\x00\x00\x00\x00\x00{"])
 def test_a_broken_file_is_named(bench, content):
+    """Quantize File fails. Inspect reports."""
     path = bench.server.models("diffusion_models") / "broken.safetensors"
     path.write_bytes(content)
-    for add in (
-        lambda graph: quantize_file(graph, f"diffusion_models/{path.name}", "never"),
-        lambda graph: inspect(graph, f"diffusion_models/{path.name}"),
-    ):
-        graph = Graph()
-        add(graph)
-        with pytest.raises(ExecutionError, match="broken.safetensors"):
-            bench.server.queue(graph.prompt)
+    graph = Graph()
+    quantize_file(graph, f"diffusion_models/{path.name}", "never")
+    with pytest.raises(ExecutionError, match="broken.safetensors"):
+        bench.server.queue(graph.prompt)
+    graph = Graph()
+    node = inspect(graph, f"diffusion_models/{path.name}", deep=True, repair=True, prefix="never")
+    text, ok = bench.texts(graph, node, graph.add("TestShowText", value=node[2]))
+    assert "broken.safetensors" in text
+    assert "None of these problems can be repaired." in text
+    assert ok == "false"
     path.unlink()
     assert not list(bench.saved("").glob("never*"))
 
@@ -127,7 +130,7 @@ def test_only_listed_files_are_opened(bench, file):
     assert not list(bench.saved("").glob("never*"))
 
 
-def test_a_sound_file(bench):
+def test_inspecting_a_file_without_faults(bench):
     path = quantize_and_save(bench, "sd3", "sound")
     graph = Graph()
     node = inspect(graph, f"diffusion_models/{path.name}", deep=True)
@@ -136,7 +139,7 @@ def test_a_sound_file(bench):
     outputs = bench.server.queue(graph.prompt)["outputs"]
     text = outputs[node.id]["text"][0]
     assert "21 scaled FP8 layers" in text
-    assert "no faults" in text
+    assert "no problems" in text
     assert outputs[ok.id]["text"] == ["true"]
     image = load_file(bench.server.output / outputs[picture.id]["tensors"][0]["filename"])["samples"]
     assert image.shape[0] == 1
@@ -146,7 +149,7 @@ def test_a_sound_file(bench):
 
 
 def faulty(bench, name):
-    """Scales in bf16 and names without the header: what careless converters write."""
+    """Scales in bf16 and no header entry, as some converters write them."""
     tensors = load_file(quantize_and_save(bench, "sd3", "to_break"))
     broken = {
         key: tensor.to(torch.bfloat16) if key.endswith(".weight_scale") else tensor
@@ -163,8 +166,8 @@ def test_a_faulty_file_is_diagnosed_and_repaired(bench):
     node = inspect(graph, "diffusion_models/faulty.safetensors", repair=True, prefix="mended")
     ok = graph.add("TestShowText", value=node[2])
     text, sound = bench.texts(graph, node, ok)
-    assert "neither a header nor an inline entry" in text
-    assert "it must be float32" in text
+    assert "no header entry and no inline entry" in text
+    assert "must be float32" in text
     assert sound == "false"
     assert "Repaired copy: mended_00001_.safetensors" in text
     mended = load_file(bench.saved("mended_00001_.safetensors"))

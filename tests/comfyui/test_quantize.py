@@ -1,7 +1,7 @@
-"""Quantizing a MODEL in the graph: what is sampled is what is saved, and is what the numbers say it must be."""
+"""Quantizing a MODEL in the graph: it samples like its saved file and like its dequantized weights."""
 
 import json
-from itertools import zip_longest
+from itertools import pairwise
 
 import pytest
 import tiny_models
@@ -34,8 +34,8 @@ def runs(bench, format):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("format", [E4M3, E5M2])
-def test_the_graph_samples_what_the_file_holds(bench, family, format):
-    """In the graph, reloaded and multiplied out by hand: bit for bit, and to the last digits of fp32."""
+def test_graph_reloaded_file_and_dequantized_weights_sample_the_same(bench, family, format):
+    """Graph and reloaded file: bit for bit. Dequantized weights: up to fp32 rounding."""
     if not runs(bench, format):
         pytest.skip("this ComfyUI runs no E5M2")
     graph = Graph()
@@ -70,7 +70,7 @@ def test_legacy_files(bench, family):
     assert bench.close(reloaded, bench.sampled(family, oracle))
 
 
-def test_the_source_model_stays_as_it_is(bench):
+def test_the_source_model_is_not_changed(bench):
     graph = Graph()
     source = bench.load(graph, "sd3")
     first = graph.add("TestModelDigest", model=source)
@@ -90,13 +90,12 @@ def test_untouched_tensors_keep_their_names_and_values(bench, family):
     assert saved.keys() == source.keys()
     rest = source.keys() - codes.keys()
     assert len(rest) > 30
-    if bench.exact:
-        assert all(torch.equal(saved[key].double(), source[key].double()) for key in rest)
+    assert [key for key in rest if not bench.same_values(saved[key], source[key])] == []
     assert path.stat().st_size < 0.95 * bench.model_file(family).stat().st_size
 
 
 def test_only_linear_weights_of_the_preset_are_quantized(bench):
-    """Of SD3's 34 Linear layers the preset leaves 13 alone; convolutions, norms and embeddings are never taken."""
+    """The preset keeps 13 of SD3's 34 Linear layers. Convolutions, norms and embeddings are never quantized."""
     codes, scales = codes_and_scales(quantize_and_save(bench, "sd3", "preset"))
     assert len(codes) == len(scales) == 21
     assert all(key.startswith("joint_blocks.") and "adaLN" not in key for key in codes)
@@ -116,22 +115,20 @@ def test_patterns(bench):
     assert recipe_of(path)["keep"] == ["joint_blocks.0", "mlp.fc1"]
 
 
-def test_the_next_weight_is_on_its_way_before_one_is_rounded_and_the_last_ones_codes_are_home(bench):
-    seen = on_pretended_gpu(bench, lambda graph: bench.load(graph, "wan"))
-    layers = seen["layers"]
-    expected = [["send", layers[0]]]
-    for layer, following in zip_longest(layers, layers[1:]):
-        expected += [["send", following]] if following else []
-        expected += [["fetched", None]] if layer != layers[0] else []
-        expected += [["sent", layer], ["fetch", None]]
-    assert seen["moved"] == [*expected, ["fetched", None]]
-    assert seen["quantized"] == layers
-    assert seen["room"] == [[3 * seen["largest"], "mps"]]
+def test_transfers_overlap_with_rounding(bench):
+    """Each weight leaves for the GPU before the one before it is rounded."""
+    seen = on_fake_gpu(bench, lambda graph: bench.load(graph, "wan"))
+    at = {tuple(event): index for index, event in enumerate(seen["events"])}
+    for layer, following in pairwise(seen["layers"]):
+        assert at["send", following] < at["round", layer]
+    assert sorted(seen["quantized"]) == sorted(seen["layers"])
+    (room,) = seen["room"]
+    assert room >= 2 * seen["largest"], "ComfyUI was asked for room for a weight and the prefetched one"
 
 
 @pytest.mark.parametrize("weights", ["32 bits", "nan", "patched"])
-def test_no_more_is_on_its_way_than_there_is_room_for(bench, weights):
-    """Nor does anything stay on its way, whatever is wrong with a weight or has to be done to it first."""
+def test_transfers_in_flight_are_bounded(bench, weights):
+    """At most two weights and the codes of one are in flight, and nothing at the end, whatever the weights are like."""
 
     def load(graph):
         model = bench.load(graph, "sd3")
@@ -140,36 +137,34 @@ def test_no_more_is_on_its_way_than_there_is_room_for(bench, weights):
         lora = tiny_models.write_sd3_lora(bench.server.models("loras") / "on_some_layers.safetensors", depth=1)
         return graph.add("LoraLoaderModelOnly", model=model, lora_name=lora.name, strength_model=1.0)
 
-    seen = on_pretended_gpu(bench, load, "16 bits" if weights == "patched" else weights)
-    going, coming = [], 0
-    for what, layer in seen["moved"]:
-        if what == "send":
-            going.append(layer)
-        elif what == "sent":
-            assert layer not in seen["patched"] or going == [layer]
-            going.remove(layer)
+    seen = on_fake_gpu(bench, load, "16 bits" if weights == "patched" else weights)
+    sent, fetching = [], 0
+    for event, layer in seen["events"]:
+        if event == "send":
+            sent.append(layer)
+        elif event == "round":
+            assert layer not in seen["patched"] or sent == [layer], "a patched weight needs the room for itself"
+            sent.remove(layer)
         else:
-            coming += 1 if what == "fetch" else -1
-        assert len(going) <= 2 and 0 <= coming <= 1
-    assert going == [] and coming == 0
-    sent = [layer for what, layer in seen["moved"] if what == "sent" and layer]
+            fetching += 1 if event == "fetch" else -1
+        assert len(sent) <= 2 and 0 <= fetching <= 1
+    assert sent == [] and fetching == 0
     kept = set(seen["layers"][::3]) if weights == "nan" else set()
     assert set(seen["quantized"]) == set(seen["layers"]) - kept
-    narrowed = set(seen["layers"][::2]) if weights == "32 bits" else set()
-    assert sorted(sent) == sorted(set(seen["layers"]) - narrowed)
     assert (0 < len(seen["patched"]) < len(seen["layers"])) == (weights == "patched")
 
 
-def on_pretended_gpu(bench, load, weights="16 bits"):
+def on_fake_gpu(bench, load, weights="16 bits"):
+    """What TestFakeGPU reports; the codes must be the CPU's."""
     graph = Graph()
-    node = graph.add("TestPretendedGPU", model=load(graph), weights=weights)
+    node = graph.add("TestFakeGPU", model=load(graph), weights=weights)
     seen = json.loads(bench.texts(graph, node)[0])
     assert seen["same"]
     return seen
 
 
-def test_one_seed_one_model(bench):
-    """Quantized twice (the cache is emptied in between), and once with another seed."""
+def test_the_same_seed_gives_the_same_bytes(bench):
+    """Quantized twice, with the cache emptied in between, and once with another seed."""
     first = codes_and_scales(quantize_and_save(bench, "sd3", "seed", seed=7))
     bench.server.free()
     second = codes_and_scales(quantize_and_save(bench, "sd3", "seed_again", seed=7))
@@ -182,7 +177,7 @@ def test_one_seed_one_model(bench):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_node_writes_the_same(bench, family):
-    """Codes and scales byte for byte; everything else with the same values."""
+    """Codes and scales are equal byte for byte, everything else has the same values."""
     bench.model_file(family)
     recipe = RECIPE | {"rounding": "owlshift", "scaling": "owlscale", "seed": 3}
     graph = Graph()
@@ -192,14 +187,14 @@ def test_the_file_node_writes_the_same(bench, family):
     by_graph = quantize_and_save(bench, family, f"graph_{family}", **recipe)
     one, other = load_file(by_file), load_file(by_graph)
     assert one.keys() == other.keys()
-    if bench.exact:
-        for key in one:
-            assert torch.equal(one[key].double(), other[key].double()), key
-    assert equal(codes_and_scales(by_file)[0], codes_and_scales(by_graph)[0])
+    codes, scales = codes_and_scales(by_file)
+    assert [key for key in one.keys() - codes.keys() if not bench.same_values(one[key], other[key])] == []
+    assert equal(codes, codes_and_scales(by_graph)[0])
+    assert equal(scales, codes_and_scales(by_graph)[1])
 
 
 def test_a_lora_before_is_baked_in_at_full_precision(bench):
-    """Each weight plus the LoRA, computed from its definition, lies within one FP8 step of what was saved."""
+    """Each saved weight is within one FP8 step of the weight plus the LoRA, computed from its definition."""
     lora = tiny_models.write_sd3_lora(bench.server.models("loras") / "before.safetensors", depth=3, strength=1.0)
     graph = Graph()
     patched = graph.add("LoraLoaderModelOnly", model=bench.load(graph, "sd3"), lora_name=lora.name, strength_model=0.8)
@@ -216,7 +211,7 @@ def test_a_lora_before_is_baked_in_at_full_precision(bench):
 
 
 def test_a_lora_after_works(bench):
-    """Close to the same LoRA on the multiplied-out model, and far from no LoRA at all."""
+    """The result is close to the same LoRA on the dequantized model, and far from the model without it."""
     lora = tiny_models.write_sd3_lora(bench.server.models("loras") / "after.safetensors", depth=3, strength=1.0)
     path = quantize_and_save(bench, "sd3", "lora_after")
     oracle = write_oracle(bench, "oracle_lora_after.safetensors", multiplied_out(path))
@@ -262,14 +257,14 @@ def test_patches_of_every_kind_are_carried_over(bench, way):
 
 
 def test_quantizing_a_quantized_model(bench):
-    """Nearest gives a grid value back unchanged; the report says that it was quantized before."""
+    """Nearest does not change values on the grid. The report says that the model was quantized before."""
     graph = Graph()
     once = quantize(graph, bench.load(graph, "sd3"))
     twice = quantize(graph, once, rounding="nearest")
     report = graph.add("TestShowText", value=twice[1])
     savers = [save(graph, f"requantized_{i}", model=model) for i, model in enumerate((once, twice))]
     first, second, shown = bench.texts(graph, *savers, report)
-    assert "21 layers were already scaled FP8" in shown
+    assert "21 layers already in scaled FP8" in shown
     assert equal(codes_and_scales(bench.saved(first))[0], codes_and_scales(bench.saved(second))[0])
 
 
@@ -285,6 +280,8 @@ def test_a_loaded_file_is_saved_without_rounding(bench):
 def test_comfyuis_own_save_node(bench):
     if not bench.new:
         pytest.skip("this ComfyUI cannot save mixed-precision models itself")
+    if bench.server.version <= (0, 8, 0):
+        pytest.skip("ModelSave of ComfyUI 0.8.0 writes other codes than the model holds")
     graph = Graph()
     quantized = quantize(graph, bench.load(graph, "sd3"))
     saver = save(graph, "ours", model=quantized)

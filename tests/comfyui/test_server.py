@@ -1,4 +1,4 @@
-"""The house itself: a real ComfyUI runs the tiny models with its own nodes, and reports what goes wrong."""
+"""The test bench itself: a real ComfyUI runs the tiny models with its own nodes, and errors reach the tests."""
 
 import shutil
 
@@ -14,7 +14,7 @@ def finite_nonzero(tensor):
 
 
 def run_and_load(comfyui, graph, saver):
-    """Run a graph and return the tensor its TestSaveTensor node wrote."""
+    """Run a graph. Returns the tensor that its TestSaveTensor node wrote."""
     entry = comfyui.queue(graph.prompt)
     (path,) = comfyui.files(entry, saver.id, "tensors")
     return load_file(path)["samples"]
@@ -97,8 +97,8 @@ def test_text_encoders_encode(comfyui, write):
     assert "clip unexpected" not in comfyui.log()
 
 
-def test_landscapes_look_like_landscapes(comfyui):
-    """The shipped models: a dawn sky is brighter than the night's, and the picture is in colour."""
+def test_landscapes_have_the_light_of_their_scene(comfyui):
+    """With the shipped models, dawn is brighter than night and in colour."""
     for folder, source in (
         (comfyui.models("diffusion_models"), tiny_models.LANDSCAPES),
         (comfyui.models("vae"), tiny_models.LANDSCAPES_VAE),

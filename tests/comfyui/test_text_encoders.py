@@ -24,7 +24,7 @@ def clip_l(bench):
 
 @pytest.fixture(scope="module")
 def layout(bench):
-    """The one in which this ComfyUI reads T5 files."""
+    """The layout in which this ComfyUI reads T5 files."""
     return "native" if bench.new else "legacy"
 
 
@@ -64,8 +64,8 @@ def quantized(bench, t5, clip_l, layout):
     return before, after, *texts
 
 
-def test_t5_encodes_what_its_file_holds(bench, quantized, clip_l):
-    """In the graph, reloaded and multiplied out by hand, beside a CLIP-L that stays as it is."""
+def test_t5_in_the_graph_reloaded_and_dequantized_encodes_the_same(bench, quantized, clip_l):
+    """In the graph, reloaded, and as dequantized weights, together with a CLIP-L that is not changed."""
     before, in_graph, _, name, _ = quantized
     plain = {key: tensor.to(torch.bfloat16) for key, tensor in multiplied_out(bench.saved(name, "clip")).items()}
     save_file(plain, bench.server.models("text_encoders") / "t5_oracle.safetensors")
@@ -95,7 +95,7 @@ def test_the_file_node_writes_the_same_t5(bench, quantized):
 
 
 def test_scales_reach_the_encoder(bench, t5, layout):
-    """With scales the oracle's 16 bits are a little off, and still far closer than the original."""
+    """With scales, the 16-bit reference is not exact, but far closer than the original."""
     graph = Graph()
     source = load_clips(graph, t5)
     clip = quantize_clip(graph, source)
@@ -129,7 +129,7 @@ def test_saving_clip_l_says_what_to_do(bench, clip_l):
 
 
 def test_all_in_one_checkpoint(bench, layout):
-    """Model, text encoder and VAE in one file, each as it was in the graph."""
+    """Model, text encoder and VAE in one file work as they did in the graph."""
     name = tiny_models.write_sd3_checkpoint(bench.server.models("checkpoints") / "all.safetensors").name
     graph = Graph()
     checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=name)

@@ -24,7 +24,7 @@ def define_missing_operators():
 
 
 class _BeforeTorchvision:
-    """An import hook that fires once, then leaves the import to the ordinary finders."""
+    """An import hook that runs once and leaves the import to the ordinary finders."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):

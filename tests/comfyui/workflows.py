@@ -27,14 +27,17 @@ def to_prompt(workflow, object_info):
 
 
 def _widget_inputs(node, info):
-    """The values of a node's widgets by name; the page stores them in order, what follows a seed included."""
+    """The values of a node's widgets by name; the page stores them in order, what follows a seed included.
+
+    A workflow from before a widget was added has no value for it: the widget then has its default.
+    """
     values = iter(node["widgets_values"])
     inputs = {}
     for kind in ("required", "optional"):
         for name, (type_, *options) in info["input"].get(kind, {}).items():
             if not (isinstance(type_, list) or type_ in WIDGET_TYPES):
                 continue
-            inputs[name] = next(values)
+            inputs[name] = next(values, options[0].get("default") if options else None)
             default = type_ == "INT" and name in SEEDS
             if options and options[0].get("control_after_generate", default):
                 next(values)

@@ -1,4 +1,4 @@
-"""The page's JavaScript: unit tests in node's runner, eslint, prettier."""
+"""The front end's JavaScript: unit tests in node's runner, eslint, prettier."""
 
 import shutil
 import subprocess
@@ -9,9 +9,10 @@ from conftest import PACK_ROOT
 
 HERE = Path(__file__).parent
 SOURCES = ["js/*.js", "tests/js/*.mjs", "tests/browser/*.mjs"]
+DISPLAY_CASES = PACK_ROOT / "tests" / "display_cases.json"
 TOOLS = PACK_ROOT / ".build" / "node" / "node_modules" / ".bin"
 
-pytestmark = pytest.mark.skipif(not TOOLS.exists(), reason="needs node: tests/environment.py --browser")
+pytestmark = pytest.mark.skipif(not TOOLS.exists(), reason="needs node: tests/tools/environment.py --browser")
 
 
 def sources():
@@ -25,10 +26,11 @@ def check(*command, cwd=PACK_ROOT):
 
 @pytest.mark.parametrize("test", sorted(path.name for path in HERE.glob("*.test.mjs")))
 def test_in_node(tmp_path, test):
-    """Copied beside a package.json that calls the modules modules, which older versions of node need."""
+    """Copied beside a package.json with "type": "module", which older versions of node need."""
     shutil.copytree(PACK_ROOT / "js", tmp_path / "js", ignore=shutil.ignore_patterns("docs"))
     (tmp_path / "tests" / "js").mkdir(parents=True)
     shutil.copy(HERE / test, tmp_path / "tests" / "js")
+    shutil.copy(DISPLAY_CASES, tmp_path / "tests")
     (tmp_path / "package.json").write_text('{"type": "module"}')
     check("node", "--test", Path("tests", "js", test), cwd=tmp_path)
 

@@ -1,21 +1,21 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { isLinked, nodeByExecutionId, traceFiles } from "../../js/trace.js";
+import { findFiles, isLinked, nodeByExecutionId } from "../../js/trace.js";
 
-/** A graph as the page has it. Nodes: id -> what differs from a node without inputs; links: [id, from, slot]. */
+/** A graph as in the page. nodes: id -> changes to a node without inputs. links: [id, origin node, origin slot]. */
 function graph(nodes, links = []) {
-  const made = { nodes: [], links: {} };
+  const created = { nodes: [], links: {} };
   for (const [id, node] of Object.entries(nodes)) {
-    made.nodes.push({ id: Number(id), graph: made, mode: 0, inputs: [], widgets: [], ...node });
+    created.nodes.push({ id: Number(id), graph: created, mode: 0, inputs: [], widgets: [], ...node });
   }
-  for (const [id, origin, slot] of links) made.links[id] = { origin_id: origin, origin_slot: slot };
-  made.getNodeById = (id) => made.nodes.find((node) => node.id === id);
-  return made;
+  for (const [id, origin, slot] of links) created.links[id] = { origin_id: origin, origin_slot: slot };
+  created.getNodeById = (id) => created.nodes.find((node) => node.id === id);
+  return created;
 }
 
 const loader = (value) => ({ type: "UNETLoader", title: "Load", widgets: [{ name: "unet_name", value }] });
 const model = (link) => ({ name: "model", type: "MODEL", link });
-const files = (at, root) => traceFiles(at, "model", root);
+const files = (node, root) => findFiles(node, "model", root);
 
 test("a loader next to the node", () => {
   const root = graph({ 1: loader("a.safetensors"), 2: { inputs: [model(7)] } }, [[7, 1, 0]]);
@@ -45,10 +45,10 @@ test("two text encoders are two files", () => {
   };
   const root = graph({ 1: dual, 2: { inputs: [{ name: "clip", type: "CLIP", link: 7 }] } }, [[7, 1, 0]]);
   const expected = { files: ["text_encoders/l.safetensors", "text_encoders/t5.safetensors"] };
-  assert.deepEqual(traceFiles(root.getNodeById(2), "clip", root), expected);
+  assert.deepEqual(findFiles(root.getNodeById(2), "clip", root), expected);
 });
 
-test("into a subgraph and out of one", () => {
+test("into and out of a subgraph", () => {
   const inner = graph({ 1: loader("in.safetensors"), 5: { inputs: [model(3)] } }, [
     [2, 1, 0],
     [3, "-10", 0],
@@ -65,8 +65,8 @@ test("into a subgraph and out of one", () => {
   assert.deepEqual(files(inner.getNodeById(5), root), { files: ["diffusion_models/out.safetensors"] });
 });
 
-test("a file name that comes over a wire", () => {
-  const wired = {
+test("a linked file name", () => {
+  const linked = {
     ...loader("old.safetensors"),
     inputs: [{ name: "unet_name", type: "COMBO", link: 5, widget: { name: "unet_name" } }],
   };
@@ -76,31 +76,32 @@ test("a file name that comes over a wire", () => {
     [5, 3, 0],
   ];
   const primitive = graph(
-    { 1: wired, 2: target, 3: { type: "PrimitiveNode", widgets: [{ value: "new.safetensors" }] } },
+    { 1: linked, 2: target, 3: { type: "PrimitiveNode", widgets: [{ value: "new.safetensors" }] } },
     links,
   );
   assert.deepEqual(files(primitive.getNodeById(2), primitive), { files: ["diffusion_models/new.safetensors"] });
-  const unknown = graph({ 1: wired, 2: target, 3: { type: "Other" } }, links);
-  assert.deepEqual(files(unknown.getNodeById(2), unknown), { needs: "a file chosen in Load" });
+  const unknown = graph({ 1: linked, 2: target, 3: { type: "Other" } }, links);
+  assert.deepEqual(files(unknown.getNodeById(2), unknown), { hint: "Choose a file in Load to see the plan." });
 });
 
-test("what is missing is named", () => {
+test("a hint says what to do where no file is found", () => {
   const root = graph(
     { 1: { type: "Maker", title: "Maker" }, 2: { inputs: [model(7)] }, 3: { inputs: [model(null)] }, 4: {} },
     [[7, 1, 0]],
   );
-  const needs = (id) => files(root.getNodeById(id), root).needs;
-  assert.equal(needs(2), "a loader node: Maker does not say which file it uses");
-  assert.equal(needs(3), "a loader node at the input model");
-  assert.equal(needs(4), "an input named model");
+  const hint = (id) => files(root.getNodeById(id), root).hint;
+  assert.equal(hint(2), "Maker names no model file. Connect a loader node to see the plan.");
+  assert.equal(hint(3), "Connect a loader node to model to see the plan.");
+  assert.equal(hint(4), "This node has no input named model.");
 });
 
-test("a muted loader gives nothing", () => {
+test("a muted loader is not used", () => {
   const root = graph({ 1: { ...loader("a.safetensors"), mode: 2 }, 2: { inputs: [model(7)] } }, [[7, 1, 0]]);
-  assert.equal(files(root.getNodeById(2), root).needs, "a loader node: Load does not say which file it uses");
+  const expected = "Load is muted. Connect a loader node to model to see the plan.";
+  assert.equal(files(root.getNodeById(2), root).hint, expected);
 });
 
-test("a widget that was made an input is linked", () => {
+test("inputs and widgets that are linked", () => {
   const node = {
     inputs: [
       { name: "x", widget: { name: "keep" }, link: 3 },
@@ -110,7 +111,7 @@ test("a widget that was made an input is linked", () => {
   assert.deepEqual([isLinked(node, "keep"), isLinked(node, "only"), isLinked(node, "seed")], [true, false, false]);
 });
 
-test("the server's node ids lead into subgraphs", () => {
+test("execution ids of nodes in subgraphs", () => {
   const inner = graph({ 7: {} });
   const root = graph({ 5: { subgraph: inner }, 7: {} });
   assert.equal(nodeByExecutionId(root, "7"), root.getNodeById(7));

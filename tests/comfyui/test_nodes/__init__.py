@@ -10,8 +10,8 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from safetensors.torch import load_file, save_file
 
+from .fake_gpu import FakeGPU
 from .models import NODES as MODEL_NODES
-from .pretended_gpu import PretendedGPU
 from .text_encoders import recognise_tiny_t5xxl, shrink_text_encoders
 
 shrink_text_encoders()
@@ -207,6 +207,21 @@ class Fail:
         raise ValueError(message)
 
 
+class Anything:
+    """Sends a JSON value to any input."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("*",)
+    FUNCTION = "send"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {})}}
+
+    def send(self, text):
+        return (json.loads(text),)
+
+
 _NODES = (
     RandomConditioning,
     FileConditioning,
@@ -218,7 +233,8 @@ _NODES = (
     Hooks,
     Wait,
     Fail,
+    Anything,
     *MODEL_NODES,
-    PretendedGPU,
+    FakeGPU,
 )
 NODE_CLASS_MAPPINGS = {f"Test{node.__name__}": node for node in _NODES}

@@ -1,7 +1,9 @@
 """Test-only nodes that look into a MODEL, or make one that the pack must refuse or carry over."""
 
+import functools
 import hashlib
 import json
+import types
 
 import torch
 from comfy.model_management import unload_all_models
@@ -44,6 +46,97 @@ class ForeignModel:
                 weight = module.weight.detach().clone().as_subclass(GGMLTensor)
                 del module._parameters["weight"]
                 module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return (model,)
+
+
+class UnloadedModel:
+    """A MODEL as "Unload Models" leaves it on a GPU: weights made in inference mode and moved outside of it."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        with torch.inference_mode(False):
+            model.model.diffusion_model._apply(torch.clone)
+        assert_views_are_refused(model.model.diffusion_model)
+        return (model,)
+
+
+def assert_views_are_refused(module):
+    try:
+        next(parameter for parameter in module.parameters() if parameter.ndim == 2).view(-1)
+    except RuntimeError:
+        return
+    raise AssertionError("views of these parameters are allowed: the test does not make the state that it is for")
+
+
+class BoundModel:
+    """A MODEL that carries something which holds on to its network, in one of the ways that other nodes do it.
+
+    method: every MLP's forward is a bound method of that MLP. wrapper: a function around the whole network, closing
+    over the patcher. partial: the same as functools.partial over the network. object: an instance that keeps the
+    network in an attribute.
+    """
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "way": (("method", "wrapper", "partial", "object"),)}}
+
+    def make(self, model, way):
+        model = model.clone()
+        network = model.get_model_object("diffusion_model")
+        if way == "method":
+            for i, block in enumerate(network.joint_blocks):
+                mlp = block.x_block.mlp
+                forward = types.MethodType(lambda self, x: type(self).forward(self, x), mlp)
+                model.add_object_patch(f"diffusion_model.joint_blocks.{i}.x_block.mlp.forward", forward)
+        elif way == "wrapper":
+
+            def run(apply, options):
+                assert model.model.diffusion_model is not None
+                return model.model.apply_model(options["input"], options["timestep"], **options["c"])
+
+            model.set_model_unet_function_wrapper(run)
+        elif way == "partial":
+            model.add_object_patch("diffusion_model.forward", functools.partial(type(network).forward, network))
+        else:
+            model.set_model_unet_function_wrapper(Holder(network))
+        return (model,)
+
+
+class Holder:
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, apply, options):
+        return apply(options["input"], options["timestep"], **options["c"])
+
+
+class UnfamiliarModel:
+    """A MODEL that ComfyUI's loader would not make from its weights: of another class, or with a parameter too many."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "how": (("class", "parameter"),)}}
+
+    def make(self, model, how):
+        if how == "class":
+            model.model.__class__ = type("AnotherModel", (type(model.model),), {})
+        else:
+            model.model.diffusion_model.register_parameter("added", torch.nn.Parameter(torch.ones(3)))
         return (model,)
 
 
@@ -152,4 +245,14 @@ class LoadState:
         return {"ui": {"text": [json.dumps(state)]}}
 
 
-NODES = (ModelDigest, ForeignModel, UnlinearModel, HalvingModel, LowVramModel, LoadState)
+NODES = (
+    ModelDigest,
+    ForeignModel,
+    UnlinearModel,
+    UnloadedModel,
+    BoundModel,
+    UnfamiliarModel,
+    HalvingModel,
+    LowVramModel,
+    LoadState,
+)

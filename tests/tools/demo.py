@@ -1,6 +1,6 @@
-"""Runs the example *Try it now* in a real ComfyUI, and shows what came out of it: ``make demo``.
+"""Runs the example *Try it now* in a real ComfyUI and prints its results: ``make demo``.
 
-The pictures and the quantized model land in .build/demo.
+The images and the quantized model are written to .build/demo.
 """
 
 import math
@@ -18,7 +18,7 @@ FOLDER = PACK_ROOT / ".build" / "demo"
 
 
 class ProgressBar:
-    """Shows a run: how many nodes are done, and how far the present one is."""
+    """Shows how many nodes of a run are done, and the progress of the current one."""
 
     def __init__(self, prompt):
         self._names = {node: entry["class_type"] for node, entry in prompt.items()}
@@ -56,7 +56,7 @@ def sampled_model(prompt, source):
 
 
 def run_example(server):
-    """Run the example; (its outputs by type of the node that made them, the quantized model's latents, its prompt)."""
+    """Run the example. Returns (outputs by type of the node that made them, the FP8 model's latents, the prompt)."""
     prompt = to_prompt(read_workflow("Try it now"), server.object_info())
     sampler = sampled_model(prompt, "StochasticFP8Quantize")
     prompt["keep"] = keep_latents(sampler)
@@ -70,13 +70,13 @@ def run_example(server):
 
 
 def maker(prompt, node):
-    """The type of a node, or, if it shows a picture of another's, of that one."""
+    """The type of a node; for a PreviewImage, the type of the node whose image it shows."""
     source = prompt[node]["inputs"]["images"][0] if prompt[node]["class_type"] == "PreviewImage" else node
     return prompt[source]["class_type"]
 
 
 def made_pictures(server, outputs):
-    """What the example shows, by file name."""
+    """The images of the example by file name."""
     compared, histogram = outputs["StochasticFP8ImageCompare"], outputs["StochasticFP8ErrorHistogram"]
     shown = {
         "before": compared["a_images"],
@@ -108,7 +108,7 @@ def run_reloaded(server, prompt, name):
 
 
 def psnr(one, other):
-    """In dB, of two pictures with 8 bits a channel."""
+    """In dB, of two images with 8 bits per channel."""
     squared = ImageStat.Stat(ImageChops.difference(one, other)).sum2
     error = sum(squared) / (3 * one.width * one.height)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
@@ -133,14 +133,14 @@ def main():
     for title, picture in pictures.items():
         picture.save(FOLDER / f"{title}.png")
     print(f"\nTry it now: {seconds:.1f} s")
-    print(f"  model before   {tiny_models.LANDSCAPES}  {megabytes(tiny_models.LANDSCAPES)}")
-    print(f"  model after    {saved}  {megabytes(FOLDER / name)}")
-    print(f"  picture before {FOLDER / 'before.png'}")
-    print(f"  picture after  {FOLDER / 'after.png'}")
-    print(f"  both compared  {FOLDER / 'compared.png'}")
-    print(f"  what was lost  {FOLDER / 'error_histogram.png'}")
-    print(f"  PSNR           {psnr(pictures['before'], pictures['after']):.1f} dB")
-    print(f"  reloaded file  {'gives the same picture to the bit' if same else 'gives ANOTHER picture'}")
+    print(f"  model before     {tiny_models.LANDSCAPES}  {megabytes(tiny_models.LANDSCAPES)}")
+    print(f"  model after      {saved}  {megabytes(FOLDER / name)}")
+    print(f"  image before     {FOLDER / 'before.png'}")
+    print(f"  image after      {FOLDER / 'after.png'}")
+    print(f"  comparison       {FOLDER / 'compared.png'}")
+    print(f"  error histogram  {FOLDER / 'error_histogram.png'}")
+    print(f"  PSNR             {psnr(pictures['before'], pictures['after']):.1f} dB")
+    print(f"  reloaded file    {'gives the same image, bit for bit' if same else 'gives a DIFFERENT image'}")
     return 0 if same else 1
 
 

@@ -14,7 +14,7 @@ LATENT_CHANNELS = 16
 CONTEXT_WIDTH = POOLED_WIDTH = 64
 TOKENS = 8
 POSITIONS = 24
-"""Patches a side that have a position; a picture of 256 x 256 pixels uses the middle 16."""
+"""Patches per side that have a position. A 256 x 256 picture uses the middle 16."""
 
 
 def word_tensors(word):
@@ -99,7 +99,7 @@ class MMDiT(nn.Module):
         return grid[:, top : top + height, left : left + width].reshape(1, height * width, HIDDEN)
 
     def _initialise(self):
-        """What modulates or ends the network starts at zero, as the paper has it."""
+        """Modulations and the final layer start at zero, as in the paper."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -109,7 +109,7 @@ class MMDiT(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Text and picture attend to each other, each with weights of its own."""
+    """Text and image attend to each other, each with its own weights."""
 
     def __init__(self, last):
         super().__init__()

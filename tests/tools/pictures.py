@@ -1,8 +1,9 @@
-"""Makes the pictures of the documentation: real nodes in a real ComfyUI, on the landscape model that ships.
+"""Makes the images of the documentation, from real nodes in a real ComfyUI on the landscape model that ships.
 
     make pictures
 
-Look at what changed before committing it.
+writes the images of the help pages, the thumbnails of the example workflows, and the icon and banner in .github/.
+Look at what changed before you commit it.
 """
 
 import tempfile
@@ -13,15 +14,17 @@ from comfyui.graph import Graph
 from comfyui.server import PACK_ROOT, ComfyUIServer
 from PIL import Image
 from safetensors.torch import load_file
-from thumbnails import calibrate, make_thumbnails, sheets_of_two_roundings
+from tools.emblem import draw_banner, draw_icon
+from tools.thumbnails import calibrate, demo_landscape, make_thumbnails, sheets_of_two_roundings
 
 HELP = PACK_ROOT / "js" / "docs" / "pictures"
+GITHUB = PACK_ROOT / ".github"
 RECIPE = {"format": "float8_e4m3fn", "rounding": "stochastic", "scaling": "absmax", "seed": 0, "layers": "all_linear"}
 COMPARED = {"scaling": "absmax", "layers": "all_linear", "most_layers": 34}
 
 
 class Pictures:
-    """A graph, and the pictures that are to come out of it."""
+    """A graph, and the images to write from it."""
 
     def __init__(self):
         self.graph = Graph()
@@ -39,7 +42,7 @@ class Pictures:
 
 
 def write_picture(path, image):
-    """Charts as PNG with a palette, photographs as JPEG: a help page should be light."""
+    """Write charts as PNG with a palette and photographs as JPEG, to keep help pages small."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray((image * 255).round().byte().numpy())
     if path.suffix == ".png":
@@ -61,7 +64,7 @@ def landscape(graph, scene, **recipe):
 
 
 def help_pages(pictures):
-    """One picture or two for the help page of each node that draws."""
+    """One or two images for the help page of each node that draws."""
     graph = pictures.graph
     model, report, before, after = landscape(graph, "dusk")
     nearest = graph.add("StochasticFP8Quantize", model=model, **{**RECIPE, "rounding": "nearest"})[1]
@@ -77,7 +80,7 @@ def help_pages(pictures):
 
 
 def calibration_pages():
-    """The same picture from two FP8 models of one size, each beside the original, and what calibrating does."""
+    """The same image from two FP8 models of the same size, each beside the original, and the effect of calibration."""
     pictures = Pictures()
     graph = pictures.graph
     model = graph.add("StochasticFP8DemoModel", scene="dusk")
@@ -98,6 +101,8 @@ def main():
         pictures.make(server)
         calibration_pages().make(server)
         make_thumbnails(server)
+        draw_icon(GITHUB / "icon.png")
+        draw_banner(GITHUB / "banner.png", demo_landscape(server, "dusk", seed=2))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Trains the demo model that ships in example_workflows/models, from scratch, on drawn landscapes.
 
-    python tests/training/train_demo_model.py FOLDER [--autoencoder SECONDS] [--transformer SECONDS]
+    python tests/tools/training/train_demo_model.py FOLDER [--autoencoder SECONDS] [--transformer SECONDS]
 
-On one H100 the defaults take eight minutes; it runs on a CPU as well, as slowly as that sounds.
+The defaults take eight minutes on one H100. It also runs on a CPU, but very slowly.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 SHIFT = 3.0
-"""Of the noise levels towards noise, SD3's default in ComfyUI."""
+"""Shift of the noise levels, SD3's default in ComfyUI."""
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
-"""SD3's latent format, which ComfyUI's TAESD undoes with these two numbers in the file."""
+"""SD3's latent format. ComfyUI's TAESD undoes it with these two numbers in the file."""
 
 
 class Trainer:
     def __init__(self, device, small):
-        """small: batches and data that a CPU can bear, to see that everything runs."""
+        """small: small batches and little data, to try the script on a CPU."""
         self.device = device
         self.painter = Painter(4 if small else 128, device)
         self.batches = 2 if small else 384
@@ -129,7 +129,7 @@ class Trainer:
 
 
 def save_models(folder, transformer, trained_encoder, trained_decoder):
-    """The three files that ship; the autoencoder's encoder, which nothing needs, is left out of those."""
+    """Write the three files that ship. They leave out the autoencoder's encoder, which nothing needs."""
     folder.mkdir(parents=True, exist_ok=True)
     transformer = {name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in transformer.items()}
     save_file(transformer, folder / "tiny_sd3_landscapes.safetensors")

@@ -1,6 +1,6 @@
-"""Makes the thumbnails of the example workflows from what they really paint: ``make pictures`` calls this.
+"""Makes the thumbnails of the example workflows from what they render. ``make pictures`` calls this.
 
-Each is 768 x 432. Models that nobody can ship are stood in for by the demo model and the tiny ones.
+Each is 768 x 432. The demo model and the tiny models replace those that cannot be shipped.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ RECIPE = {"format": "float8_e4m3fn", "rounding": "stochastic", "scaling": "absma
 
 
 def make_thumbnails(server):
-    """Run what the examples run, and write ``example_workflows/<name>.jpg``."""
+    """Run the examples and write ``example_workflows/<name>.jpg``."""
     before, after, histogram = render(server, *_landscape("dawn", layers="all_linear"))
     save(below(beside(before, after), histogram), "Try it now")
     (report,) = render(server, *_layer_report("nearest"))
@@ -54,6 +54,14 @@ def _landscape(scene, **recipe):
     return graph, _paint(graph, demo, demo), _paint(graph, demo, quantized), histogram
 
 
+def demo_landscape(server, scene, seed):
+    """A 256 x 256 picture of the demo model."""
+    graph = Graph()
+    demo = graph.add("StochasticFP8DemoModel", scene=scene)
+    (picture,) = render(server, graph, _paint(graph, demo, demo, seed))
+    return picture
+
+
 def _paint(graph, demo, model, seed=42):
     latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=1)
     sampled = graph.sample(model, demo[1], demo[2], latent, seed=seed, steps=20, cfg=2.5)
@@ -61,7 +69,7 @@ def _paint(graph, demo, model, seed=42):
 
 
 def calibrate(graph, demo):
-    """A calibration on twelve pictures."""
+    """Add a calibration on twelve images."""
     latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=4)
     return graph.add(
         "StochasticFP8Calibrate",
@@ -80,7 +88,7 @@ def calibrate(graph, demo):
 
 
 def sheets_of_two_roundings(graph, demo, calibration):
-    """A picture beside those of two FP8 models: (sheet of nearest, sheet of calibrated, the latter's report)."""
+    """The original compared with two FP8 models: (sheet of nearest, sheet of calibrated, report of calibrated)."""
     original = _paint(graph, demo, demo)
     sheets = []
     for rounding in ("nearest", "calibrated"):
@@ -135,7 +143,7 @@ def _text_encoder_report(server):
 
 
 def _findings(server):
-    """A file with the faults that converters leave most often."""
+    """A file with the faults that converters most often leave."""
     from stochastic_fp8_pack.kernels import quantize_file
 
     path = Path(server.models("diffusion_models")) / "my_fp8_model.safetensors"
@@ -152,7 +160,7 @@ def _findings(server):
 
 
 def fit(picture, size):
-    """The picture on paper of that size, whole, at the top."""
+    """The whole picture at the top of a white sheet of that size."""
     scale = min(size[0] / picture.width, size[1] / picture.height)
     small = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
     sheet = Image.new("RGB", size, PAPER)
@@ -161,7 +169,7 @@ def fit(picture, size):
 
 
 def fill(picture, size):
-    """The middle of the picture, cut to that size."""
+    """The middle of the picture, scaled and cropped to that size."""
     scale = max(size[0] / picture.width, size[1] / picture.height)
     large = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
     left, top = (large.width - size[0]) // 2, (large.height - size[1]) // 2

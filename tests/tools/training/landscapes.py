@@ -53,7 +53,7 @@ class Painter:
         return self._lake(picture, centre, top).clamp(0, 1), scene
 
     def _sun(self, picture, centre, colour, sky, night):
-        """A disc in its glow; at night a crescent, cut out of it with the sky's colour."""
+        """A glowing disc; at night a crescent, cut out of it with the sky's colour."""
         x, y = centre
         radius = self._random(1, 1, low=0.045, high=0.085)
         distance = ((self.x - x) ** 2 + (self.y - y) ** 2).sqrt()
@@ -63,7 +63,7 @@ class Painter:
         return _over(picture, sky, 0.92 * night * _edge(radius * 0.9 - shadow))
 
     def _ridges(self, picture, centre, horizon, far, near, night):
-        """Three ridges from far to near, the first with snow; also the line of the last, (B, SIDE)."""
+        """Paint three ridges from far to near, the first with snow. Returns the line of the last, (B, SIDE)."""
         base = self._random(1, low=0.46, high=0.54)
         for index, (height, jaggedness) in enumerate(((0.075, 0.95), (0.055, 0.75), (0.04, 0.4))):
             nearness = index / 2
@@ -102,7 +102,7 @@ class Painter:
         return picture
 
     def _lake(self, picture, centre, sky):
-        """What lies above the water line, mirrored below it with ripples."""
+        """Mirror everything above the water line below it, with ripples."""
         line = self._random(1, 1, low=0.80, high=0.86)
         water = _edge(self.y[None] - line)
         y = (2 * line - self.y[None] + 0.004 * torch.sin(self.y[None] * 260 + centre[0] * 9) * water).clamp(0, 1)
@@ -120,7 +120,7 @@ class Painter:
 
 
 def _over(picture, colour, opacity):
-    """A colour (B, 3) painted over the picture where opacity (B, H, W) says so."""
+    """Paint a colour (B, 3) over the picture with opacity (B, H, W)."""
     return picture + (_colour(colour) - picture) * opacity[:, None]
 
 
