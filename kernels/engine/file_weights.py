@@ -77,7 +77,7 @@ class FileWeights:
             )
         for layer, entry in (self._markings.inline | self._markings.header).items():
             format = entry.get("format") if isinstance(entry, dict) else entry
-            if format not in FORMATS:
+            if not isinstance(format, str) or format not in FORMATS:
                 raise self.error(f"layer {layer!r} is already quantized as {format}; start from the 16-bit file")
         for name, stored in self._names.items():
             self._check_scale(name, stored)

@@ -56,6 +56,7 @@ _RANK = {name: rank for rank, name in enumerate(_BITS)}
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"[ \t\r\n]*")
+_to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _decode_json = json.JSONDecoder().raw_decode
 
 
@@ -132,14 +133,15 @@ def format_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     if len(metadata) > MAX_METADATA:
         raise ValueError(f"the metadata has {len(metadata):,} entries; at most {MAX_METADATA:,} can be read again")
     order = sorted(tensors, key=lambda key: (-_RANK[tensors[key].dtype], key))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    parts = [f'"__metadata__":{_to_json(dict(sorted(metadata.items())))}'] if metadata else []
     offsets = {}
     end = 0
     for key in order:
         info = tensors[key]
         offsets[key], end = end, end + info.nbytes
-        header[key] = {"dtype": _CODES[info.dtype], "shape": info.shape, "data_offsets": (offsets[key], end)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        entry = {"dtype": _CODES[info.dtype], "shape": info.shape, "data_offsets": (offsets[key], end)}
+        parts.append(f"{_to_json(key)}:{_to_json(entry)}")
+    text = f"{{{','.join(parts)}}}".encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header has {len(text):,} bytes; at most {MAX_HEADER:,} can be read again")

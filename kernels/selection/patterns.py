@@ -18,6 +18,9 @@ from operator import contains
 
 from ..errors import PatternError
 
+MOST_COUNTED = 4
+"""Negative numbers in one pattern. Blocks are nested once or twice."""
+
 LONGEST_PATTERNS = 1 << 16
 """Characters of all patterns of one request together."""
 
@@ -54,7 +57,12 @@ class Pattern:
         return cls(text, parts)
 
     def resolve(self, names: Iterable[str]) -> Pattern:
-        """The pattern with its negative numbers replaced by numbers of blocks, counted in `names`."""
+        """The pattern with its negative numbers replaced by numbers of blocks, counted in `names`.
+
+        Raises PatternError for more than MOST_COUNTED negative numbers: each one goes through all names.
+        """
+        if sum(part[0] == "-" and _is_number(part[1:]) for part in self.parts) > MOST_COUNTED:
+            raise PatternError(f"pattern '{self.text[:80]}' has more than {MOST_COUNTED} negative numbers; give fewer")
         parts: tuple[str, ...] = ()
         for part in self.parts:
             if part[0] == "-" and _is_number(part[1:]):

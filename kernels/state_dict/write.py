@@ -62,6 +62,7 @@ def write_state_dict(
     with writing(target, infos, entries, overwrite=overwrite, source=source) as writer:
         for name, tensor in small.items():
             writer.write(name, tensor)
+        small.clear()
         stored = state.tensors | {name: weight.codes for name, weight in state.weights.items()}
         order = [name for name in writer.order if name in stored or name in state.pending]
         _stream(state, stored, writer, order, chosen, meter)

@@ -551,3 +551,9 @@ def test_tensor_info_counts_bytes():
     assert TensorInfo("bfloat16", (3, 5)).nbytes == 30
     assert TensorInfo("float4_e2m1fn", (3, 4)).nbytes == 6
     assert TensorInfo("float32", ()).nbytes == 4
+
+
+def test_many_negative_numbers_are_refused():
+    """Each one goes through all names."""
+    with pytest.raises(ValueError, match="has more than 4 negative numbers"):
+        Pattern.parse("-1." * 333 + "-1").resolve(["blocks.0.attn"])
