@@ -267,6 +267,7 @@ def writers(bench, prefix):
 
 @pytest.mark.parametrize("prefix", [*LEADING_OUT, "a\nb", "x" * 250, "x" * 250 + "/y"])
 def test_a_prefix_that_leads_out_of_its_folder_is_refused_before_any_node_runs(bench, link, prefix):
+    bench.model_file("sd3")  # made by the first test that wants it
     before = set(bench.server.base.rglob("*"))
     for graph in writers(bench, prefix):
         with pytest.raises((PromptRejected, ExecutionError)) as refused:
@@ -295,27 +296,28 @@ def test_a_linked_prefix_is_checked_by_the_node(bench, link, prefix):
     assert not list(link.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("prefix", "names"),
-    [
-        ("a/", ["a/stochastic_fp8_00001_", "a/stochastic_fp8_00002_"]),
-        ("a/.", ["a/stochastic_fp8_00003_"]),
-        ("b//./c", ["b/c_00001_", "b/c_00002_"]),
-        ("b/../b/c", ["b/c_00003_"]),
-        ("diffusion_models/../c", ["c_00001_"]),
-        ("diffusion_models/", ["stochastic_fp8_00001_", "stochastic_fp8_00002_"]),
-        ("diffusion_models/b\\c.safetensors", ["b/c_00004_"]),
-        ("%year%/x", [f"{time.localtime().tm_year}/x_00001_"]),
-    ],
-)
-def test_a_prefix_gives_every_run_a_name_of_its_own(bench, prefix, names):
-    for seed, name in enumerate(names):
-        graph = Graph()
-        file = f"diffusion_models/{bench.model_file('sd3').name}"
-        choices = RECIPE | FILE_OPTIONS | {"seed": seed}
-        node = graph.add("StochasticFP8QuantizeFile", file=file, filename_prefix=prefix, **choices)
-        assert bench.texts(graph, node) == [f"{name}.safetensors"]
-        assert bench.saved(f"{name}.safetensors").exists()
+PREFIXES = [
+    ("a/", ["a/stochastic_fp8_00001_", "a/stochastic_fp8_00002_"]),
+    ("a/.", ["a/stochastic_fp8_00003_"]),
+    ("b//./c", ["b/c_00001_", "b/c_00002_"]),
+    ("b/../b/c", ["b/c_00003_"]),
+    ("diffusion_models/../c", ["c_00001_"]),
+    ("diffusion_models/", ["stochastic_fp8_00001_", "stochastic_fp8_00002_"]),
+    ("diffusion_models/b\\c.safetensors", ["b/c_00004_"]),
+    ("%year%/x", [f"{time.localtime().tm_year}/x_00001_"]),
+]
+"""A prefix, and the names that the next runs with it get."""
+
+
+def test_a_prefix_gives_every_run_a_name_of_its_own(bench):
+    for prefix, names in PREFIXES:
+        for seed, name in enumerate(names):
+            graph = Graph()
+            file = f"diffusion_models/{bench.model_file('sd3').name}"
+            choices = RECIPE | FILE_OPTIONS | {"seed": seed}
+            node = graph.add("StochasticFP8QuantizeFile", file=file, filename_prefix=prefix, **choices)
+            assert bench.texts(graph, node) == [f"{name}.safetensors"]
+            assert bench.saved(f"{name}.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,10 @@ NAMES = [
 ]
 
 
-def run(bench, name, models=(), layout=None):
-    """Run an example, in another layout where one is given. Returns its outputs by node type, each a list."""
+def run(bench, name, models=()):
+    """Run an example as it is. Returns its outputs by node type, each a list."""
     workflow = read_workflow(name)
     prompt = replace_models(to_prompt(workflow, bench.server.object_info()), dict(models))
-    for node in prompt.values():
-        if layout and "layout" in node["inputs"]:
-            node["inputs"]["layout"] = layout
     entry = bench.server.queue(prompt, timeout=240, workflow=workflow)
     outputs = {}
     for node, output in entry["outputs"].items():
@@ -123,7 +120,7 @@ def test_text_encoder(bench):
         "clip_l.safetensors": tiny_models.write_clip_l(folder / "example_clip_l.safetensors").name,
         "t5xxl_fp16.safetensors": tiny_models.write_t5xxl(folder / "example_t5.safetensors").name,
     }
-    outputs = run(bench, "Text encoder", models, "native" if bench.new else "legacy")  # as its note says
+    outputs = run(bench, "Text encoder", models)
     path = bench.saved(outputs["StochasticFP8Save"][0]["text"][0], "clip")
     assert is_numbered([path.name], "t5xxl_fp8")
     weights = [tensor for key, tensor in load_file(path).items() if key.endswith(".weight")]

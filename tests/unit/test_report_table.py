@@ -117,7 +117,7 @@ def test_calibrated_layers_add_columns():
 def test_calibrated_layers_in_json():
     rows = json.loads(to_json(calibrated_report()))["layers"]
     errors = {row["layer"]: row.get("output_error") for row in rows}
-    assert errors.pop("blocks.0.attn.qkv.weight") == {"rows": 5000, "nearest": 0.0141, "chosen": 0.0036, "fallback": ""}
+    assert errors.pop("blocks.0.attn.qkv.weight") == {"rows": 5000, "nearest": 0.0141, "chosen": 0.0036}
     assert set(errors.values()) == {None}
 
 
