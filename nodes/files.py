@@ -88,7 +88,9 @@ def new_path(folder: str, filename_prefix: str, default: str = DEFAULT_PREFIX, o
         Path(where).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _refused(filename_prefix, f"cannot be used: {error.strerror or error}") from error
-    return Path(where, f"{name}.safetensors" if overwrite else f"{name}_{counter:05}_.safetensors")
+    target = Path(where, f"{name}.safetensors" if overwrite else f"{name}_{counter:05}_.safetensors")
+    _check_inside(root, target, filename_prefix)  # overwriting writes through a link
+    return target
 
 
 def check_prefix(folder: str, filename_prefix: str, default: str = DEFAULT_PREFIX) -> str:
@@ -161,7 +163,7 @@ def output_folder(folder: str) -> Path:
 
 
 def _check_inside(root: Path, folder: Path, filename_prefix: str) -> None:
-    """Raises PrefixError for a folder that a link leads out of `root`. `root` itself may be a link."""
+    """Raises PrefixError for a folder or file that a link leads out of `root`. `root` itself may be a link."""
     try:
         inside = folder.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13

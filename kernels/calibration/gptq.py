@@ -15,8 +15,8 @@ from functools import cached_property
 import torch
 
 from ..errors import CalibrationError
-from ..numerics.autocast import without_autocast
 from ..numerics.formats import Float8Format
+from ..numerics.matrix_precision import full_precision_products
 from ..numerics.output_error import CONTRADICTORY, WEIGHT_ERROR, OutputError, unit_of
 from ..numerics.scaling import SMALLEST_SCALE
 from .moments import LayerCalibration
@@ -70,7 +70,7 @@ def gptq_round(
         raise CalibrationError(
             f"a weight of shape {tuple(weight.shape)} does not fit a calibration of {calibration.width} inputs"
         )
-    with without_autocast(weight.device):
+    with full_precision_products(weight.device):
         layer, unit = _Layer(calibration, weight.device), unit_of(weight)
         chosen = _search_scale(layer, weight, scale, float8, unit) if search_scale else scale
         codes, nearest = torch.empty_like(weight, dtype=float8.dtype), torch.empty_like(weight, dtype=float8.dtype)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..errors import ActivationError
-from ..numerics.autocast import without_autocast
+from ..numerics.matrix_precision import full_precision_products
 from ..numerics.scaling import tensor_to_amax
 from .moments import LARGEST_INPUT, Calibration, LayerCalibration, bands, block_count, moment_size
 
@@ -71,7 +71,7 @@ class _RunningSums:
     def add(self, rows: torch.Tensor, amax: float, most_rows: int) -> None:
         x = _thin(rows, most_rows, self.calls).float()
         blocks = x.reshape(len(x), block_count(self.width), -1).transpose(0, 1)
-        with without_autocast(x.device):
+        with full_precision_products(x.device):
             for start, band in bands(self.packed, self.width):
                 left = blocks[:, :, start : start + band.shape[1]].mT
                 band += (left @ blocks[:, :, start:]).to(band.device)

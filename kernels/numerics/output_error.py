@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .autocast import without_autocast
+from .matrix_precision import full_precision_products
 from .scaling import tensor_to_amax
 
 WEIGHT_ERROR = "weight error"
@@ -49,7 +49,7 @@ def relative_output_error(original: torch.Tensor, rounded: torch.Tensor, moment:
 def output_energy(weight: torch.Tensor, moment: torch.Tensor) -> float:
     """tr W H Wᵀ: the mean square of the outputs of a weight (out, in), summed over the outputs."""
     parts = weight.float().reshape(len(weight), *moment.shape[:2]).transpose(0, 1)
-    with without_autocast(weight.device):
+    with full_precision_products(weight.device):
         return max(float((parts @ moment * parts).sum(dtype=torch.float64)), 0.0)
 
 
