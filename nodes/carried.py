@@ -12,6 +12,7 @@ import functools
 import gc
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ class Rebinder:
         self._modules = {
             id(module): replacements.get(path) for path, module in old.named_modules(remove_duplicate=False)
         }
-        self._weights = {id(tensor) for tensor in (*old.parameters(), *old.buffers())}
+        self._weights = {key for tensor in (*old.parameters(), *old.buffers()) for key in _identities(tensor)}
         self._memo: dict[int, tuple[Any, Any]] = {}
         """id of a value -> the value, which keeps the id taken, and what became of it."""
 
@@ -88,18 +89,17 @@ class Rebinder:
         """A function with other cells where one of them holds something of the old network."""
         cells = function.__closure__ or ()
         contents = [_cell_contents(cell) for cell in cells]
-        rebound = [self._rebind(content) for content in contents]
-        defaults, keywords = self._rebind(function.__defaults__), self._rebind(function.__kwdefaults__)
-        same = all(a is b for a, b in zip(contents, rebound, strict=True))
-        if same and defaults is function.__defaults__ and keywords is function.__kwdefaults__:
+        parts = [contents, function.__defaults__, function.__kwdefaults__, function.__dict__]
+        if not self._reaches_old(parts):
             return function
-        closure = tuple(
-            cell if content is new else types.CellType(new)
-            for cell, content, new in zip(cells, contents, rebound, strict=True)
-        )
-        result = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure)
-        result.__kwdefaults__ = keywords
-        result.__dict__.update(function.__dict__)
+        closure = tuple(types.CellType() for _ in cells)
+        result = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
+        self._memo[id(function)] = function, result  # a function can refer to itself
+        for cell, content in zip(closure, contents, strict=True):
+            cell.cell_contents = self._rebind(content)
+        result.__defaults__ = self._rebind(function.__defaults__)
+        result.__kwdefaults__ = self._rebind(function.__kwdefaults__)
+        result.__dict__.update(self._rebind(dict(function.__dict__)))
         result.__qualname__ = function.__qualname__
         return result
 
@@ -116,10 +116,19 @@ class Rebinder:
             if id(x) in seen or isinstance(x, _LEAVES):
                 continue
             seen.add(id(x))
-            if id(x) in self._weights or id(x) in self._modules or self._is_old_patcher(x):
+            if id(x) in self._modules or self._is_old_patcher(x):
+                return True
+            if torch.is_tensor(x) and not self._weights.isdisjoint(_identities(x)):
                 return True
             waiting += _parts(x)
-        return False
+        return bool(waiting)  # too large to be searched through
+
+
+def _identities(tensor: torch.Tensor) -> Iterator[object]:
+    """By what a tensor is known: itself, and the memory that views of it share."""
+    yield id(tensor)
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta" and tensor.numel():
+        yield tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _is_compiled(value: Any) -> bool:
@@ -135,6 +144,8 @@ def _parts(x: Any) -> Iterator[Any]:
         yield from (x.__defaults__, x.__kwdefaults__, x.__dict__)
     elif torch.is_tensor(x):
         return
+    elif isinstance(x, weakref.ReferenceType):
+        yield x()
     else:
         yield from gc.get_referents(x)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import uuid
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -23,7 +24,15 @@ from ..kernels.state_dict.layouts import HEADER_ENTRY, LAYOUTS
 from ..kernels.state_dict.load import native_tensors
 from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
 from .carried import Rebinder, StillBound
-from .networks import FLOAT8, ModelError, Network, bypass_managers, plain_settings
+from .networks import (
+    FLOAT8,
+    ModelError,
+    Network,
+    bypass_managers,
+    bypass_patches,
+    plain_settings,
+    without_object_patches,
+)
 
 log = logging.getLogger("stochastic_fp8")
 
@@ -123,20 +132,43 @@ def load_quantized_clip(source, encoders: Mapping[str, ScaledStateDict], attachm
     joined = ScaledStateDict()
     for prefix, state in encoders.items():
         joined.add(state, prefix)
+    backup, prefixes = source.patcher.backup, tuple(encoders)
     kept = {
-        name: tensor
+        name: backup[name].weight if name in backup else tensor
         for name, tensor in source.cond_stage_model.state_dict().items()
-        if not name.startswith(tuple(encoders))
+        if not name.startswith(prefixes)
     }
     target = SimpleNamespace(
         params={}, clip=type(source.cond_stage_model), tokenizer=lambda **keywords: source.tokenizer
     )
-    result = _create_clip(target, kept | native_tensors(joined), joined)
+    tensors = kept | native_tensors(joined)
+    result = _create_clip(target, dict(tensors), joined)
     for name in ("layer_idx", "use_clip_schedule", "apply_hooks_to_conds"):
         setattr(result, name, getattr(source, name))
     result.tokenizer_options = dict(source.tokenizer_options)
     _carry_over(source.patcher, result.patcher, attachment)
+    _carry_patches(source.patcher, result.patcher, prefixes)
+    for network in text_networks(result).values():
+        if network.prefix in encoders:
+            names = (*encoders[network.prefix].tensors, *encoders[network.prefix].weights)
+            given = {name: tensors[network.prefix + name] for name in names}
+            wrong = network.differing(encoders[network.prefix], given)
+            if wrong:
+                raise ModelError(
+                    f"ComfyUI {COMFYUI_VERSION} would load the quantized {network.name} without {len(wrong)} of its "
+                    f"tensors, e.g. '{wrong[0]}': quantize its file with Stochastic FP8 Quantize File instead"
+                )
     return result
+
+
+def _carry_patches(source, result, without: tuple[str, ...]) -> None:
+    """Give `result` the weight patches of encoders that are not quantized, LoRAs in bypass mode included."""
+    patches = {key: list(each) for key, each in source.patches.items() if not key.startswith(without)}
+    for key, each in bypass_patches(source).items():
+        if not key.startswith(without):
+            patches.setdefault(key, []).extend(each)
+    result.patches = patches
+    result.patches_uuid = uuid.uuid4()
 
 
 def sampling_keys(model) -> dict[str, torch.Tensor]:
@@ -200,7 +232,8 @@ def _carry_over(source, result, attachment: dict) -> None:
     Whatever holds on to the network of `source` is rebound to that of `result`. LoRAs in bypass mode are baked into
     the weights and left out. Raises ModelError for what cannot be rebound.
     """
-    clone, rebinder = source.clone(), Rebinder(source, result)
+    with without_object_patches(source):
+        clone, rebinder = source.clone(), Rebinder(source, result)
     clone.model_options = _copied(source.model_options)  # 0.3.75 copies the objects in it too, and what they hold
     clone.injections = {
         key: [_without_class(injection) for injection in injections]

@@ -56,8 +56,9 @@ class Network:
         self.module = comfy.utils.get_attr(patcher.model, prefix.rstrip("."))
         self._config = getattr(patcher.model, "model_config", None)
         self._bypass = bypass_patches(patcher)
-        with patcher.use_ejected():
+        with patcher.use_ejected(), without_object_patches(patcher):
             self._names = dict(self._published())
+            self.linear_names = self._find_linear_names()
 
     # What the engine asks (Weights)
 
@@ -121,10 +122,14 @@ class Network:
     def entry(self, name: str) -> TensorEntry:
         """A tensor as numbers: scaled FP8 multiplied out, patches applied. Not a copy where neither is needed."""
         device = comfy.model_management.unet_offload_device()
-        return TensorEntry(self.tensors[name], lambda: self.value(name, device))
+        info = self.tensors[name]
+        if name in self.scaled:  # and patched, or it would stay scaled
+            info = TensorInfo("float32", info.shape)
+        return TensorEntry(info, lambda: self.value(name, device))
 
     def input_scale(self, name: str) -> torch.Tensor | None:
-        return self.scaled[name].input_scale if name in self.scaled else None
+        codes, _, module = self._codes(name)
+        return _input_scale(module) if codes is not None else None
 
     @contextmanager
     def reading(self, names: Sequence[str], device: torch.device) -> Iterator[Iterator[Read]]:
@@ -148,8 +153,7 @@ class Network:
                 state.tensors[name] = TensorEntry(info, partial(self.stored, name))
         return state
 
-    @property
-    def linear_names(self) -> set[str]:
+    def _find_linear_names(self) -> set[str]:
         """The names of the Linear modules, whatever class a quantized one has."""
         return {
             name
@@ -166,12 +170,17 @@ class Network:
         wrong = sorted(names ^ set(self._names))
         for name in sorted(names & set(self._names)):
             if name in state.weights:
-                same = name in self.scaled and _samples_equal(self.scaled[name].codes.read(), tensors[name])
+                same = name in self.scaled and self._holds(name, state.weights[name])
             else:
                 same = name not in self.scaled and _samples_equal(self.tensor(name), tensors[name])
             if not same:
                 wrong.append(name)
         return wrong
+
+    def _holds(self, name: str, given: ScaledWeight) -> bool:
+        """Whether a scaled weight has the codes and the scale that the loader was given."""
+        loaded = self.scaled[name]
+        return bool(loaded.scale.cpu() == given.scale.cpu()) and _samples_equal(loaded.codes.read(), given.codes.read())
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor without patches, wherever and in whatever class ComfyUI keeps it."""
@@ -285,7 +294,6 @@ class Network:
         codes, scale, module = self._codes(name)
         if codes is None or scale.numel() != 1:
             return None
-        input_scale = getattr(module, "input_scale", getattr(module, "scale_input", None))
         layer = ScaledLayer(
             name.removesuffix(".weight"), str(codes.dtype).removeprefix("torch."), self._full_precision(name, module)
         )
@@ -294,7 +302,7 @@ class Network:
             tuple(codes.shape),
             TensorEntry.of(codes),
             _scalar(scale),
-            None if input_scale is None else _scalar(input_scale),
+            _input_scale(module),
             source_bytes=codes.nbytes,
         )
 
@@ -326,6 +334,19 @@ class Network:
         if layers:
             return bool(layers.get(name.removesuffix(".weight"), {}).get(FULL_PRECISION, False))
         return not (self._config and self._config.optimizations.get("fp8", False))
+
+
+@contextmanager
+def without_object_patches(patcher) -> Iterator[None]:
+    """The model as it was made: ComfyUI leaves object patches in it as long as it is loaded."""
+    patched = {}
+    for path, original in patcher.object_patches_backup.items():
+        patched[path] = comfy.utils.set_attr(patcher.model, path, original)
+    try:
+        yield
+    finally:
+        for path, patch in patched.items():
+            comfy.utils.set_attr(patcher.model, path, patch)
 
 
 def plain_settings(config) -> dict:
@@ -391,6 +412,12 @@ def _scale(weight) -> torch.Tensor | None:
     if hasattr(weight, "_params"):
         return weight._params.scale
     return weight._layout_params.get("scale")
+
+
+def _input_scale(module: torch.nn.Module) -> torch.Tensor | None:
+    """The scale of a layer's inputs, fp32 0-dim: `input_scale`, or in 0.3.75 `scale_input`."""
+    scale = getattr(module, "input_scale", getattr(module, "scale_input", None))
+    return None if scale is None else _scalar(scale)
 
 
 def _scalar(scale: torch.Tensor) -> torch.Tensor:

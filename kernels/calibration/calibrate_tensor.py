@@ -13,7 +13,7 @@ from ..numerics.formats import FORMATS, Float8Format
 from ..numerics.quantized_tensor import QuantizedTensor, build_result, find_amax, flatten
 from ..numerics.rounding import FRACTION_BITS, code_positions
 from ..numerics.scaling import SCALINGS, amax_to_scale
-from ..numerics.transfers import to_device
+from ..numerics.transfers import Send, to_device
 from .gptq import gptq_round
 from .moments import LayerCalibration
 
@@ -30,17 +30,18 @@ def calibrate_tensor(
     key: str = "",
     statistics: bool = False,
     device: torch.device | str | None = None,
+    send: Send = to_device,
 ) -> QuantizedTensor:
     """quantize_tensor with calibrated rounding, for a Linear weight (out, in) with recorded inputs; see gptq.py.
 
     Unless `scaling` is "none", the best scale near that of `scaling` is searched for. The bytes are the same on one
     device and version of torch. Raises as quantize_tensor, and CalibrationError if the weight does not have the
-    calibration's width.
+    calibration's width. send: how the weight gets to the device; see Placement.
     """
     float8, scaler = choose(FORMATS, format, "format"), choose(SCALINGS, scaling, "scaling")
     if x.device.type == "mps":  # has no float64
         device = device or "cpu"
-    flat = to_device(flatten(x, key), torch.device(device or x.device))
+    flat = send(flatten(x, key), torch.device(device or x.device))
     amax = find_amax([flat], choose_backend(flat.device), key)
     scale = amax_to_scale(amax, float8, scaler).to(flat.device)
     codes, scale, output_error = gptq_round(

@@ -17,6 +17,7 @@ from ..numerics.formats import FORMATS
 from ..numerics.transfers import Send, to_device
 from ..recipe import Recipe
 from ..selection.presets import Component, Components, diffusers_model, foreign_kind, other_quantizer
+from ..selection.selection import is_linear
 from ..state_dict.layouts import HEADER_ENTRY, SOURCE_ONLY_SCALE
 from ..state_dict.markings import parameters, read_markings, read_scale, read_scales, scaled_layers
 from ..state_dict.scaled_state_dict import Entry, FileEntry, ScaledWeight, TensorEntry
@@ -75,9 +76,13 @@ class FileWeights:
                 f"holds {model} in the diffusers layout, for which ComfyUI drops the scales; quantize the ComfyUI "
                 "version of this model, or load it in ComfyUI and save it as a checkpoint first"
             )
+        for where, fault in self._markings.faults.items():
+            raise self.error(f"{where} {fault}; start from the 16-bit file")
         for layer, entry in (self._markings.inline | self._markings.header).items():
             format = entry.get("format") if isinstance(entry, dict) else entry
             if not isinstance(format, str) or format not in FORMATS:
+                if format is None:
+                    raise self.error(f"the entry of layer {layer!r} has no format; start from the 16-bit file")
                 raise self.error(f"layer {layer!r} is already quantized as {format}; start from the 16-bit file")
         for name, stored in self._names.items():
             self._check_scale(name, stored)
@@ -174,7 +179,8 @@ class FileWeights:
 
     def _check_scale(self, name: str, stored: str) -> None:
         """Raises CheckpointError for an FP8 weight whose scale is missing, ambiguous or not understood."""
-        if self._source.tensors[stored].dtype not in FORMATS:
+        info = self._source.tensors[stored]
+        if info.dtype not in FORMATS:
             return
         layer = stored.removesuffix(".weight")
         if layer in self._markings.doubled:
@@ -185,11 +191,11 @@ class FileWeights:
         if stored in self._layers:
             scale = self._read(read_scales, self._scale_name(stored))
             try:
-                check_shapes(self._source.tensors[stored].shape, scale.shape)
+                check_shapes(info.shape, scale.shape)
             except ValueError as error:
                 raise self._scale_error(stored, error) from error
             return
-        if self._markings.declares(layer, self._components.prefix_of(stored)):
+        if self._markings.declares(layer, self._components.prefix_of(stored)) and is_linear(stored, info):
             raise self.error(f"layer {layer!r} is marked as scaled FP8 but has no scale; start from the 16-bit file")
         unknown = [other for other in self._siblings(layer) if "scale" in other.rpartition(".")[2]]
         if unknown:

@@ -177,7 +177,8 @@ class Quantization:
     @property
     def _staying(self) -> list[str]:
         """Scaled weights that stay as they are, bit for bit: kept, and not changed by a patch."""
-        return [name for name in self._scaled if name in self._kept and name not in self.weights.patched]
+        patched = set(self.weights.patched)
+        return [name for name in self._scaled if name in self._kept and name not in patched]
 
     def _pending_weight(self, name: str) -> PendingWeight:
         """Text encoders multiply in full precision anyway, and ComfyUI 0.3.75 cannot load a T5 that asks for it."""
@@ -216,7 +217,10 @@ class Quantization:
         except NonFiniteError as error:
             if self.recipe.nonfinite == "keep":
                 self._keep(name, error.nan, error.inf)
-                state.keep(name, self.weights.entry(name))
+                if name in self._staying:
+                    state.keep_scaled(name, self._scaled[name])
+                else:
+                    state.keep(name, self.weights.entry(name))
             else:
                 self._nonfinite.append(error.with_traceback(None))  # the traceback would hold on to the tensor
             return None

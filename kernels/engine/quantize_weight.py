@@ -44,7 +44,8 @@ def quantize_weight(
     layer = calibration.layer_of(key, x) if calibration else None
     if layer is None:
         return quantize_tensor(x, rounding="nearest", placement=placement, **choices)
-    return calibrate_tensor(x, layer, device=placement.device if placement else None, **choices)
+    where = placement or Placement()
+    return calibrate_tensor(x, layer, device=where.device, send=where.send, **choices)
 
 
 def check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:

@@ -95,6 +95,8 @@ class Source:
         self.files = files
         self.tensors = tensors
         self.metadata = metadata
+        """The entries of all files; where two files differ, those of the first."""
+        self.metadata_by_file: list[dict[str, str]] = []
 
     @property
     def name(self) -> str:
@@ -191,6 +193,7 @@ def _add_file(source: Source, path: Path) -> None:
         )
     source.tensors.update(tensors)
     source.metadata = metadata | source.metadata
+    source.metadata_by_file.append(metadata)
     if sum(map(len, source.metadata.values())) > MAX_HEADER:
         raise file_error(
             source.path, f"lists files with more than {MAX_HEADER:,} characters of metadata together; download it again"

@@ -87,9 +87,11 @@ def read_markings(source: Source) -> Markings:
             continue
         markings.tensors[name] = layer
     markings.inline = _read_inline(source, inline, markings.faults)
-    if HEADER_ENTRY in source.metadata:
+    for metadata in source.metadata_by_file:  # each file of a set describes its own layers
+        if HEADER_ENTRY not in metadata:
+            continue
         try:
-            markings.header = _read_header_entry(source.metadata[HEADER_ENTRY], markings.faults)
+            markings.header |= _read_header_entry(metadata[HEADER_ENTRY], markings.faults)
         except TooLargeError as error:
             raise file_error(
                 source.path, f"has a {HEADER_ENTRY} beyond the limits: {error}; start from the 16-bit file"

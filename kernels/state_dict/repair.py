@@ -87,7 +87,7 @@ def _is_obsolete(name: str, source: Source, markings: Markings) -> bool:
 def _weight(source: Source, markings: Markings, layer: ScaledLayer, scale: torch.Tensor) -> ScaledWeight:
     """full_precision: on, unless the file says otherwise. A file that says nothing has lost what it said."""
     entry = markings.entry(layer.name, layer.prefix)
-    declared = FULL_PRECISION in entry or layer.name in {*markings.header, *markings.inline}
+    declared = FULL_PRECISION in entry or layer.name in markings.header or layer.name in markings.inline
     input_scale = markings.input_scales.get(layer.name)
     return ScaledWeight(
         layer if declared else replace(layer, full_precision=True),

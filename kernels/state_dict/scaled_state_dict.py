@@ -156,7 +156,8 @@ class ScaledStateDict:
 
     def start_pass(self, names: Sequence[str]) -> AbstractContextManager[Iterator[tuple[str, Round]]]:
         """Start to quantize pending weights, in this order. To be called once."""
-        return self.rounding_pass(names) if self.rounding_pass and names else nullcontext(iter(()))
+        rounding_pass, self.rounding_pass = self.rounding_pass, None  # which holds this state dict and its source
+        return rounding_pass(names) if rounding_pass and names else nullcontext(iter(()))
 
     def add_weight(self, name: str, weight: ScaledWeight) -> None:
         """Add a scaled weight in place of the tensor of this name and of whatever marked that tensor before."""
@@ -180,6 +181,11 @@ class ScaledStateDict:
     def _remove(self, name: str, layer: ScaledLayer) -> None:
         for obsolete in (name, *marking_names(layer.name)):
             self.tensors.pop(obsolete, None)
+
+    def keep_scaled(self, name: str, weight: ScaledWeight) -> None:
+        """Replace a pending weight that cannot be quantized by the scaled weight that it was before."""
+        del self.pending[name]
+        self.weights[name] = weight
 
     def add(self, other: ScaledStateDict, prefix: str = "") -> None:
         """Add the tensors and weights of another network, none pending, under a prefix."""

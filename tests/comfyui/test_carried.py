@@ -146,6 +146,26 @@ def test_functions_bound_to_the_network_run_the_quantized_weights(bench, way):
     assert distance(sampled, original) > 1e-3
 
 
+def test_the_sampling_of_a_loaded_model_is_carried_over(bench):
+    """While a model is loaded, ComfyUI keeps its object patches in the model itself."""
+
+    def shifted(graph, model):
+        return graph.add("ModelSamplingSD3", model=model, shift=7.0)
+
+    graph = Graph()
+    bench.keep(graph, FAMILIES["sd3"].sample(graph, shifted(graph, bench.load(graph, "carried.safetensors"))))
+    bench.server.queue(graph.prompt)
+    graph = Graph()
+    before = quantize(graph, shifted(graph, bench.load(graph, "carried.safetensors")), **NEAREST)
+    after = shifted(graph, quantize(graph, bench.load(graph, "carried.safetensors"), **NEAREST))
+    plain = quantize(graph, bench.load(graph, "carried.safetensors"), **NEAREST)
+    kept = [bench.keep(graph, FAMILIES["sd3"].sample(graph, model)) for model in (before, after, plain)]
+    entry = bench.server.queue(graph.prompt)
+    one, other, unshifted = (load_file(bench.server.files(entry, node.id, "tensors")[0])["samples"] for node in kept)
+    assert torch.equal(one, other)
+    assert distance(one, unshifted) > 1e-3
+
+
 def test_an_object_bound_to_the_network_is_refused(bench):
     graph = Graph()
     bound = graph.add("TestBoundModel", model=bench.load(graph, "carried.safetensors"), way="object")
