@@ -6,6 +6,7 @@ Meant to be called with the module's name: `display.bytes(n)`, `display.share(x)
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 
 
@@ -101,7 +102,8 @@ def printable_lines(text: str) -> str:
 def markdown(text: str) -> str:
     """A name as plain text in Markdown, also in a table: no HTML, image, link or emphasis."""
     escaped = printable(text).replace("://", ":\0//")
-    return "".join(_MARKDOWN.get(character, character) for character in escaped)
+    marked = "".join(_MARKDOWN.get(character, character) for character in escaped)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", marked)  # inside a word it has no meaning
 
 
 _MARKDOWN = {
