@@ -18,7 +18,7 @@ from operator import contains
 
 from ..errors import PatternError
 
-MOST_COUNTED = 4
+MOST_COUNTED = 2
 """Negative numbers in one pattern. Blocks are nested once or twice."""
 
 LONGEST_PATTERNS = 1 << 16

@@ -302,7 +302,6 @@ PREFIXES = [
     ("b//./c", ["b/c_00001_", "b/c_00002_"]),
     ("b/../b/c", ["b/c_00003_"]),
     ("diffusion_models/../c", ["c_00001_"]),
-    ("diffusion_models/", ["stochastic_fp8_00001_", "stochastic_fp8_00002_"]),
     ("diffusion_models/b\\c.safetensors", ["b/c_00004_"]),
     ("%year%/x", [f"{time.localtime().tm_year}/x_00001_"]),
 ]
