@@ -9,10 +9,10 @@ from hostile.fuzz import TARGETS, Fuzzer
 
 EXECUTIONS = {
     "header": amount(8_000, 500_000),
-    "contents": amount(600, 40_000),
-    "entries": amount(600, 40_000),
+    "contents": amount(600, 30_000),
+    "entries": amount(600, 20_000),
     "index": amount(1_000, 40_000),
-    "calibration": amount(800, 40_000),
+    "calibration": amount(800, 20_000),
 }
 SHARES = 8
 """Parts of a target's executions, so that two processes share them."""

@@ -1,4 +1,7 @@
-"""Patterns made to be slow take a bounded time: no more than looking up each of their characters in each name."""
+"""Patterns made to be slow take a bounded time: a small multiple of looking up each of their characters in each name.
+
+A matcher that backtracks takes more than a thousand times as long. `make bench` measures the time itself.
+"""
 
 import contextlib
 import random
@@ -17,6 +20,8 @@ NAMES = 10_000
 LONGEST_NAME = 200
 REPEATS = 2
 """The shortest time counts, since other programs run at the same time."""
+SLACK = 8
+"""Times that bound. Other programs share the processor's caches, and count as the test's own time."""
 SAMPLE = 50
 """Characters that are really looked up; the bound is as many times that as the pattern is longer."""
 
@@ -82,8 +87,8 @@ def look_up(names):
 
 @cache
 def bound(kind):
-    """Seconds to look up LENGTH characters in each name, one by one."""
-    return LENGTH / SAMPLE * shortest_time(look_up, [names_of(kind, seed) for seed in range(REPEATS)])
+    """SLACK times the seconds to look up LENGTH characters in each name, one by one."""
+    return SLACK * LENGTH / SAMPLE * shortest_time(look_up, [names_of(kind, seed) for seed in range(REPEATS)])
 
 
 @pytest.mark.timeout(60)
