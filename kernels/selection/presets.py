@@ -1,17 +1,17 @@
-"""Model families: the keys that identify each one, and the layers that its preset keeps in high precision.
+"""The table of model families: the keys that identify each one, and the layers that its preset keeps in high precision.
+
+PRESETS.md states the principle, and what each preset costs. Families that share a network share a row.
 
 Source of the key names: ComfyUI's own detection (comfy/model_detection.py and comfy/sd.py, 0.3.75 to 0.33.0).
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..files.header import TensorInfo
+from .patterns import Pattern, PatternSet
 
 DIFFUSION, TEXT_ENCODER, NEVER_QUANTIZED = "diffusion model", "text encoder", "never quantized"
 """Kinds of networks."""
@@ -19,7 +19,7 @@ DIFFUSION, TEXT_ENCODER, NEVER_QUANTIZED = "diffusion model", "text encoder", "n
 
 @dataclass(frozen=True)
 class Preset:
-    """One family of models."""
+    """One row: a network, and the families of models that are built from it."""
 
     title: str
     kind: str
@@ -29,9 +29,23 @@ class Preset:
     detect: tuple[Mapping[str, int | None], ...] = ()
     """Alternatives. Each is a set of keys that must all be present: key -> its first dimension, None for any."""
     reason: str = ""
-    """Why the family is never quantized, for kind NEVER_QUANTIZED."""
+    """Why these layers are kept and others are not; for kind NEVER_QUANTIZED, why nothing is quantized."""
+    linear: tuple[str, ...] = ()
+    """Patterns of Linear layers whose names are those of embeddings elsewhere; see linear.py."""
+    unusable: tuple[str, ...] = ()
+    """Patterns of Linear layers that a ComfyUI version cannot load or run in FP8. They are kept whatever is chosen."""
+    unusable_reason: str = ""
+    """Why it cannot."""
     renamed: tuple[str, ...] = ()
     """Parts of Linear names that ComfyUI 0.3.75 renames while it loads weights, but not in the header entries."""
+
+    @cached_property
+    def linear_patterns(self) -> PatternSet:
+        return PatternSet(map(Pattern.parse, self.linear))
+
+    @cached_property
+    def unusable_patterns(self) -> PatternSet:
+        return PatternSet(map(Pattern.parse, self.unusable))
 
 
 def _any_of(*alternatives: str) -> tuple[dict[str, None], ...]:
@@ -39,119 +53,118 @@ def _any_of(*alternatives: str) -> tuple[dict[str, None], ...]:
     return tuple(dict.fromkeys(keys.split()) for keys in alternatives)
 
 
+def _diffusion(
+    title: str,
+    keep: str,
+    *detect: str,
+    reason: str,
+    linear: str = "",
+    unusable: tuple[str, str] = ("", ""),
+    renamed: tuple[str, ...] = (),
+) -> Preset:
+    """A row of kind DIFFUSION. Patterns and keys are separated by spaces; see Preset. unusable: the patterns, why."""
+    patterns, why = unusable
+    return Preset(
+        title,
+        DIFFUSION,
+        tuple(keep.split()),
+        _any_of(*detect),
+        reason,
+        tuple(linear.split()),
+        tuple(patterns.split()),
+        why,
+        renamed,
+    )
+
+
 _CLIP = "ComfyUI has no FP8 detection for CLIP-L, CLIP-G and CLIP-H: quantized, they would give silently wrong images"
 _NO_DETECTION = "ComfyUI has no FP8 detection for this text encoder"
+_CUT = "ComfyUI cuts this layer and its scale into pieces while it loads the file"
+_READ = "ComfyUI 0.3.75 converts the inputs of this layer to the type of its weight"
 
 PRESETS = {
-    "flux": Preset(
+    "flux": _diffusion(
         "Flux, Flux.2",
-        DIFFUSION,
-        ("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer", "*stream_modulation*"),
-        _any_of(
-            "double_stream_modulation_img.lin.weight",
-            "double_blocks.0.img_attn.norm.key_norm.scale img_in.weight time_in.in_layer.weight",
-            "double_blocks.0.img_attn.norm.key_norm.weight img_in.weight time_in.in_layer.weight",
-        ),
+        "img_in txt_in time_in vector_in guidance_in final_layer *stream_modulation*",
+        "double_stream_modulation_img.lin.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale img_in.weight time_in.in_layer.weight",
+        "double_blocks.0.img_attn.norm.key_norm.weight img_in.weight time_in.in_layer.weight",
+        reason="Flux.2 computes its modulation once for all blocks, which is small and kept. Flux.1 computes it in "
+        "every block, which is 27 % of the model and quantized.",
     ),
-    "chroma": Preset(
-        "Chroma",
-        DIFFUSION,
-        ("distilled_guidance_layer", "img_in", "txt_in", "final_layer"),
-        _any_of(
-            "distilled_guidance_layer.norms.0.scale",
-            "distilled_guidance_layer.norms.0.weight",
-            "distilled_guidance_layer.0.norms.0.scale",
-            "distilled_guidance_layer.0.norms.0.weight",
-        ),
+    "chroma": _diffusion(
+        "Chroma, Chroma Radiance",
+        "distilled_guidance_layer img_in txt_in final_layer nerf_*",
+        "distilled_guidance_layer.norms.0.scale",
+        "distilled_guidance_layer.norms.0.weight",
+        "distilled_guidance_layer.0.norms.0.scale",
+        "distilled_guidance_layer.0.norms.0.weight",
+        reason="One small network makes the modulation of all blocks. The NeRF blocks of Radiance produce the pixels.",
     ),
-    "qwen_image": Preset(
-        "Qwen-Image",
-        DIFFUSION,
-        ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out", "transformer_blocks.0.img_mod.1"),
-        _any_of("txt_norm.weight transformer_blocks.0.img_mod.1.weight"),
+    "qwen_image": _diffusion(
+        "Qwen-Image, Mage-Flow",
+        "img_in txt_in time_text_embed norm_out proj_out transformer_blocks.0.img_mod.1",
+        "txt_norm.weight transformer_blocks.0.img_mod.1.weight transformer_blocks.0.attn.add_q_proj.weight",
+        reason="The modulation of every block is a third of the model and quantized, except that of the first block.",
     ),
-    "wan": Preset(
+    "wan": _diffusion(
         "Wan 2.x",
-        DIFFUSION,
-        (
-            "patch_embedding",
-            "text_embedding",
-            "time_embedding",
-            "time_projection",
-            "img_emb",
-            "head",
-            "face_adapter",
-            "face_encoder",
-            "motion_encoder",
-            "audio_injector",
-            "casual_audio_encoder",
-            "audio_proj",
+        "patch_embedding text_embedding time_embedding time_projection img_emb img_emb_refimage head head_global "
+        "face_adapter face_encoder audio_injector casual_audio_encoder audio_proj music_injector "
+        "music_encoder music_projection",
+        "head.modulation",
+        reason="One layer makes the modulation of all blocks. What brings faces, sound and music into a variant is "
+        "kept as well; the cross-attention to sound of HuMo is not.",
+        unusable=(
+            "music_encoder.*.self_attn.q_proj music_encoder.*.self_attn.k_proj music_encoder.*.self_attn.v_proj",
+            _CUT,
         ),
-        _any_of("head.modulation"),
     ),
-    "lumina2": Preset(
+    "lumina2": _diffusion(
         "Z-Image, Lumina 2",
-        DIFFUSION,
-        (
-            "x_embedder",
-            "cap_embedder",
-            "t_embedder",
-            "adaLN_modulation",
-            "final_layer",
-            "context_refiner",
-            "noise_refiner",
-        ),
-        _any_of("cap_embedder.1.weight noise_refiner.0.attention.k_norm.weight"),
+        "x_embedder cap_embedder t_embedder adaLN_modulation final_layer context_refiner noise_refiner "
+        "siglip_embedder siglip_refiner clip_text_pooled_proj time_text_embed dec_net",
+        "cap_embedder.1.weight noise_refiner.0.attention.k_norm.weight",
+        reason="The refiners prepare text, image and reference for the other blocks. The modulation of every block is "
+        "2 % of Z-Image and 10 % of Lumina 2. An early choice, which stays until a measurement says otherwise.",
     ),
-    "ltxv": Preset(
+    "ltxv": _diffusion(
         "LTX-Video",
-        DIFFUSION,
-        (
-            "adaln_single",
-            "patchify_proj",
-            "proj_out",
-            "caption_projection",
-            "*connector*",
-            "transformer_blocks.0",
-            "transformer_blocks.1",
-            "transformer_blocks.-2",
-            "transformer_blocks.-1",
-        ),
-        _any_of("adaln_single.emb.timestep_embedder.linear_1.bias patchify_proj.weight"),
+        "*adaln_single* *patchify_proj *proj_out *caption_projection *connector* to_gate_logits "
+        "transformer_blocks.0 transformer_blocks.1 transformer_blocks.-2 transformer_blocks.-1",
+        "adaln_single.emb.timestep_embedder.linear_1.bias patchify_proj.weight",
+        reason="One layer each for video, sound, prompt and their exchange makes the modulation of all blocks. Keeping "
+        "the first two and the last two blocks is an early choice, which stays until a measurement says otherwise.",
     ),
-    "sd3": Preset(
+    "sd3": _diffusion(
         "SD3, SD3.5",
-        DIFFUSION,
-        ("x_embedder", "y_embedder", "t_embedder", "context_embedder", "adaLN_modulation", "final_layer"),
-        _any_of("joint_blocks.0.context_block.attn.qkv.weight"),
+        "x_embedder y_embedder t_embedder context_embedder adaLN_modulation final_layer",
+        "joint_blocks.0.context_block.attn.qkv.weight",
+        reason="Keeping the modulation of every block, a third of the model, is an early choice, which stays until a "
+        "measurement says otherwise.",
     ),
-    "hunyuan_video": Preset(
+    "hunyuan_video": _diffusion(
         "HunyuanVideo",
-        DIFFUSION,
-        (
-            "img_in",
-            "txt_in",
-            "time_in",
-            "vector_in",
-            "guidance_in",
-            "byt5_in",
-            "vision_in",
-            "time_r_in",
-            "final_layer",
-            "img_mod",
-            "txt_mod",
-            "modulation",
-        ),
-        _any_of("txt_in.individual_token_refiner.blocks.0.norm1.weight"),
+        "img_in txt_in time_in vector_in guidance_in byt5_in vision_in time_r_in final_layer img_mod txt_mod "
+        "modulation",
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        reason="Keeping the modulation of every block, a third of the model, is an early choice, which stays until a "
+        "measurement says otherwise.",
         renamed=("_attn_qkv.", "_attn_proj.", "mlp.fc1.", "mlp.fc2.", ".modulation.linear.", "_mod.linear."),
     ),
-    "hidream": Preset(
+    "hidream": _diffusion(
         "HiDream",
-        DIFFUSION,
-        ("x_embedder", "t_embedder", "p_embedder", "caption_projection", "final_layer", "ff_i.gate"),
-        _any_of("caption_projection.0.linear.weight"),
+        "x_embedder t_embedder p_embedder caption_projection final_layer",
+        "caption_projection.0.linear.weight",
+        reason="Each block has its own projection of the text. The modulation of every block is 15 % of the model and "
+        "quantized.",
     ),
-    "sdxl": Preset("SDXL, SD 1.x", DIFFUSION, ("time_embed", "label_emb"), _any_of("input_blocks.0.0.weight")),
+    "sdxl": _diffusion(
+        "SDXL, SD 1.x",
+        "time_embed label_emb",
+        "input_blocks.0.0.weight",
+        reason="What enters and leaves a UNet are convolutions, which are never quantized.",
+    ),
     "t5xxl": Preset(
         "T5-XXL, UMT5-XXL",
         TEXT_ENCODER,
@@ -160,6 +173,7 @@ PRESETS = {
             {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": 10240},
             {"encoder.block.23.layer.1.DenseReluDense.wi.weight": None},
         ),
+        "The embeddings are never quantized; the loader reads the dtype off the last norm.",
     ),
     "llm": Preset(
         "LLM text encoders",
@@ -169,6 +183,7 @@ PRESETS = {
             "model.layers.0.self_attn.k_proj.weight model.layers.0.post_attention_layernorm.weight",
             "model.language_model.layers.0.input_layernorm.weight",
         ),
+        "Keeps what reads images.",
     ),
     "clip": Preset(
         "CLIP-L, CLIP-G, CLIP-H",
@@ -199,266 +214,185 @@ PRESETS = {
         detect=_any_of("decoder.conv_in.weight", "decoder.conv1.weight", "taesd_decoder.1.weight"),
         reason="a VAE is never quantized",
     ),
-    "unknown": Preset("unknown", DIFFUSION, ("*embed*", "*norm*", "*head*", "*modulation*", "*_mod")),
+    "unknown": _diffusion(
+        "unknown",
+        "*embed* *head* *modulation* *adaln* *adaLN* *_mod mod mod_* modC modX modCX modF",
+        reason="A guess by names: the first and the last modules, and everything that embeds or modulates.",
+    ),
+    "anima": _diffusion(
+        "Anima, Cosmos Predict 2",
+        "t_embedder x_embedder final_layer llm_adapter",
+        "blocks.0.mlp.layer1.weight x_embedder.proj.1.weight",
+        reason="The adapter of Anima prepares the text. The modulation of every block is 8 to 9 % of a small model and "
+        "quantized.",
+    ),
+    "cosmos": _diffusion(
+        "Cosmos 1",
+        "t_embedder x_embedder final_layer",
+        "blocks.block0.blocks.0.block.attn.to_q.0.weight",
+        reason="The modulation of every block is 5 % of the model and quantized.",
+    ),
+    "lens": _diffusion(
+        "Lens",
+        "img_in txt_in time_text_embed norm_out proj_out",
+        "transformer_blocks.0.attn.norm_added_q.weight transformer_blocks.0.img_mlp.w1.weight",
+        reason="The modulation of every block is a third of the model and quantized.",
+    ),
+    "krea2": _diffusion(
+        "Krea 2",
+        "first last tmlp tproj txtmlp txtfusion",
+        "txtfusion.projector.weight",
+        reason="`txtfusion` makes one text from twelve layers of the text encoder. One layer makes the modulation of "
+        "all blocks.",
+    ),
+    "ideogram4": _diffusion(
+        "Ideogram 4",
+        "input_proj llm_cond_proj t_embedding adaln_proj final_layer adaln_modulation",
+        "embed_image_indicator.weight llm_cond_proj.weight",
+        reason="Modulation is narrow: 3 % of the model.",
+    ),
+    "ernie_image": _diffusion(
+        "Ernie-Image",
+        "x_embedder text_proj time_embedding adaLN_modulation final_norm final_linear",
+        "layers.0.mlp.linear_fc2.weight text_proj.weight final_linear.weight",
+        reason="One layer makes the modulation of all blocks.",
+    ),
+    "omnigen2": _diffusion(
+        "OmniGen2, Boogu",
+        "x_embedder ref_image_patch_embedder time_caption_embed context_refiner norm_out",
+        "time_caption_embed.timestep_embedder.linear_1.bias",
+        reason="The context refiner prepares the text; those of the images are blocks like all others. The modulation "
+        "of every block is 10 % of the model and quantized.",
+    ),
+    "joyimage": _diffusion(
+        "JoyImage",
+        "condition_embedder proj_out",
+        "double_blocks.0.attn.img_attn_qkv.weight condition_embedder.time_embedder.linear_1.weight",
+        reason="One layer makes the modulation of all blocks.",
+    ),
+    "hidream_o1": _diffusion(
+        "HiDream-O1",
+        "t_embedder1 x_embedder final_layer2 visual",
+        "t_embedder1.mlp.0.weight x_embedder.proj1.weight",
+        reason="An LLM that makes pixels. Its vision tower embeds the reference images, as in LLM text encoders.",
+    ),
+    "kandinsky5": _diffusion(
+        "Kandinsky 5",
+        "time_embeddings text_embeddings pooled_text_embeddings visual_embeddings text_transformer_blocks "
+        "out_layer.modulation out_layer.out_layer",
+        "visual_transformer_blocks.0.cross_attention.key_norm.weight",
+        reason="Two blocks prepare the text. The modulation of every block is 10 to 13 % of the model and quantized.",
+    ),
+    "pixeldit": _diffusion(
+        "PixelDiT, PiD",
+        "pixel_embedder s_embedder t_embedder y_embedder lq_proj final_layer",
+        "core.pixel_embedder.proj.weight",
+        "lq_proj.latent_proj.0.weight pixel_embedder.proj.weight",
+        "pixel_embedder.proj.weight patch_blocks.0.attn.qkv_x.weight",
+        reason="`lq_proj` brings the picture to enlarge into PiD. The modulation of the patch blocks is 30 % of the "
+        "model and quantized; that of the pixel blocks cannot be.",
+        unusable=(
+            "pixel_blocks.*.adaLN_modulation.0 pixel_blocks.*.adaLN_modulation_msa pixel_blocks.*.adaLN_modulation_mlp",
+            _CUT,
+        ),
+    ),
+    "minimax_h3": _diffusion(
+        "MiniMax H3",
+        "video_patch_proj audio_patch_proj condition_proj time_embedder token_refiner final_layer",
+        "video_patch_proj.weight audio_patch_proj.weight",
+        reason="The token refiner prepares the text. The modulation of every block is 39 % of the model and quantized.",
+    ),
+    "seedvr2": _diffusion(
+        "SeedVR2",
+        "vid_in txt_in emb_in vid_out",
+        "vid_in.proj.weight emb_in.proj_hid.weight",
+        reason="One layer makes the modulation of all blocks.",
+    ),
+    "auraflow": _diffusion(
+        "AuraFlow",
+        "init_x_linear cond_seq_linear t_embedder modF final_linear",
+        "double_layers.0.attn.w1q.weight",
+        reason="The modulation of every block is a third of the model and quantized.",
+    ),
+    "pixart": _diffusion(
+        "PixArt",
+        "x_embedder y_embedder t_embedder csize_embedder ar_embedder t_block final_layer",
+        "t_block.1.weight y_embedder.y_proj.fc1.weight",
+        reason="One layer makes the modulation of all blocks.",
+    ),
+    "hunyuan_dit": _diffusion(
+        "HunyuanDiT",
+        "x_embedder t_embedder mlp_t5 pooler extra_embedder final_layer",
+        "mlp_t5.0.weight",
+        reason="The modulation of every block is 5 % of the model and quantized.",
+    ),
+    "mochi": _diffusion(
+        "Mochi",
+        "x_embedder t_embedder t5_y_embedder t5_yproj final_layer",
+        "t5_yproj.weight",
+        reason="The modulation of every block is 27 % of the model and quantized.",
+    ),
+    "cogvideox": _diffusion(
+        "CogVideoX",
+        "patch_embed time_embedding_linear_* ofs_embedding_linear_* norm_out proj_out",
+        "blocks.0.norm1.linear.weight patch_embed.text_proj.weight",
+        reason="The modulation of every block is 14 % of the model and quantized.",
+    ),
+    "hunyuan3d": _diffusion(
+        "Hunyuan3D 2",
+        "latent_in cond_in time_in guidance_in final_layer",
+        "latent_in.weight cond_in.weight",
+        reason="The modulation of every block is 27 % of the model and quantized, as in Flux.",
+    ),
+    "hunyuan3d_21": _diffusion(
+        "Hunyuan3D 2.1",
+        "t_embedder final_layer",
+        "x_embedder.weight t_embedder.mlp.2.weight blocks.0.attn1.k_norm.weight",
+        reason="It has no modulation.",
+        unusable=("x_embedder t_embedder.mlp.0 attn2.to_k", _READ),
+    ),
+    "triposplat": _diffusion(
+        "TripoSplat",
+        "t_embedder adaLN_modulation input_layer cond_embedder cond_embedder2 cam_refiner *repo_layers out_layer "
+        "cam_out_layer",
+        "cam_out_layer.weight repo_layers.0.final_map.weight",
+        reason="The repo layers compute positions. One layer makes the modulation of all blocks.",
+    ),
+    "stable_cascade": _diffusion(
+        "Stable Cascade",
+        "clip_mapper clip_txt_mapper clip_txt_pooled_mapper clip_img_mapper mapper mapper_sca mapper_crp",
+        "clf.1.weight clip_txt_mapper.weight",
+        "clf.1.weight clip_mapper.weight",
+        reason="The mappers embed text, images and time.",
+    ),
+    "stable_audio": _diffusion(
+        "Stable Audio",
+        "to_timestep_embed to_cond_embed to_global_embed to_prepend_embed global_cond_embedder project_in project_out",
+        "transformer.project_in.weight to_timestep_embed.0.weight to_cond_embed.0.weight",
+        reason="Stable Audio 3 computes its modulation once for all blocks.",
+    ),
+    "ace_step": _diffusion(
+        "ACE-Step 1",
+        "timestep_embedder t_block speaker_embedder genre_embedder lyric_encoder lyric_proj final_layer",
+        "genre_embedder.weight speaker_embedder.weight",
+        reason="One layer makes the modulation of all blocks. The lyric encoder prepares the text.",
+    ),
+    "ace_step_15": _diffusion(
+        "ACE-Step 1.5",
+        "time_embed time_embed_r condition_embedder text_projector embed_tokens audio_acoustic_proj quantizer "
+        "detokenizer.proj_out",
+        "encoder.lyric_encoder.layers.0.input_layernorm.weight decoder.layers.0.self_attn_norm.weight",
+        reason="The encoders of lyrics and timbre are a quarter of the model, so only what enters them is kept.",
+        linear="embed_tokens",
+    ),
+    "minimax_music3": _diffusion(
+        "MiniMax Music 3",
+        "to_timestep_embed project_in project_out",
+        "latent_conditioners.0.weight diffusion_transformer.transformer.layers.0.self_attn.to_qkv.weight",
+        reason="It has no modulation.",
+    ),
 }
 """family -> Preset."""
 
 FAMILIES = tuple(family for family, preset in PRESETS.items() if preset.kind != NEVER_QUANTIZED)
 """Families that can be quantized."""
-
-_DIFFUSION_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "")
-_DETECTED_PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "model.", "")
-"""Prefixes of diffusion models that ComfyUI removes while it detects the family."""
-_WRAPPERS = ("diffusion_model.", "transformer.", "module.", "_orig_mod.", "unet.", "dit.")
-"""Prefixes of other programs, under which no ComfyUI detects a diffusion model."""
-_VAE_PREFIXES = ("first_stage_model.", "vae.", "pretransform.model.")
-_TEXT_ENCODER_PREFIX = re.compile(
-    r"text_encoders\.[^.]+\.transformer\.|text_encoders?\.|cond_stage_model\.|conditioner\.embedders\.\d+\."
-)
-
-
-@dataclass(frozen=True)
-class Component:
-    """One network in a file: the keys that start with `prefix`, and not with a longer prefix of another network."""
-
-    prefix: str
-    family: str
-
-    @property
-    def preset(self) -> Preset:
-        return PRESETS[self.family]
-
-
-class Components:
-    """The networks that a set of tensors holds: one, or those of an all-in-one checkpoint."""
-
-    def __init__(self, tensors: Mapping[str, TensorInfo], kind: str | None = None):
-        """kind: DIFFUSION or TEXT_ENCODER for the bare names of one network of that kind; None for a whole file.
-
-        undetected_prefix: the prefix under which no ComfyUI detects the main network, or "". renamed: a name of the
-        main network that ComfyUI 0.3.75 renames in the weights only, or "".
-        """
-        if kind is None:
-            self.main = _main_component(tensors)
-            self.others = tuple(_other_components(tensors, self.main.prefix))
-            self.undetected_prefix = _undetected_prefix(tensors, self.main)
-        else:
-            self.main, self.others = Component("", _SINGLE_FAMILY[kind](tensors)), ()
-            self.undetected_prefix = ""
-        self.renamed = _renamed(tensors, self.main)
-
-    @cached_property
-    def all(self) -> tuple[Component, ...]:
-        return (self.main, *self.others)
-
-    @property
-    def all_in_one(self) -> bool:
-        """Whether the names of the main network's layers carry a prefix."""
-        return bool(self.main.prefix)
-
-    def of(self, key: str) -> Component | None:
-        """The component that a tensor belongs to. None: outside all networks, e.g. an optimizer's state."""
-        for component in self.others:
-            if key.startswith(component.prefix):
-                return component
-        return self.main if key.startswith(self.main.prefix) else None
-
-    def prefix_of(self, key: str) -> str:
-        """The prefix of a tensor's component, or ""."""
-        component = self.of(key)
-        return component.prefix if component else ""
-
-
-def detect_family(tensors: Mapping[str, TensorInfo], prefix: str = "", kinds: tuple[str, ...] = ()) -> str:
-    """The family of the network under `prefix`, or "unknown". kinds: consider these kinds only; (): all of them."""
-    for family, preset in PRESETS.items():
-        if (not kinds or preset.kind in kinds) and any(_present(keys, tensors, prefix) for keys in preset.detect):
-            return family
-    return "unknown"
-
-
-def _text_encoder_family(tensors: Mapping[str, TensorInfo], prefix: str = "") -> str:
-    family = detect_family(tensors, prefix, (TEXT_ENCODER, NEVER_QUANTIZED))
-    return "other_text_encoder" if family == "unknown" else family
-
-
-_SINGLE_FAMILY = {
-    DIFFUSION: lambda tensors: detect_family(tensors, kinds=(DIFFUSION,)),
-    TEXT_ENCODER: _text_encoder_family,
-}
-
-
-def _present(keys: Mapping[str, int | None], tensors: Mapping[str, TensorInfo], prefix: str) -> bool:
-    found = [(tensors.get(prefix + key), size) for key, size in keys.items()]
-    return all(info is not None and size in (None, *info.shape[:1]) for info, size in found)
-
-
-def _main_component(tensors: Mapping[str, TensorInfo]) -> Component:
-    for prefix in _DIFFUSION_PREFIXES:
-        family = detect_family(tensors, prefix, (DIFFUSION,))
-        if family != "unknown":
-            return Component(prefix, family)
-    family = detect_family(tensors)
-    if family != "unknown":
-        return Component("", family)
-    return Component(_unknown_prefix(tensors), "unknown")
-
-
-def _unknown_prefix(tensors: Mapping[str, TensorInfo]) -> str:
-    """ComfyUI's rule: the prefix of more than five keys. `model.` counts only beside a VAE or a text encoder."""
-    counts = {prefix: sum(key.startswith(prefix) for key in tensors) for prefix in _DIFFUSION_PREFIXES[:4]}
-    prefix = max(counts, key=counts.__getitem__)
-    if counts[prefix] > 5:
-        return prefix
-    beside = any(key.startswith(_VAE_PREFIXES) or _TEXT_ENCODER_PREFIX.match(key) for key in tensors)
-    return "model." if beside and any(key.startswith("model.") for key in tensors) else ""
-
-
-def _undetected_prefix(tensors: Mapping[str, TensorInfo], main: Component) -> str:
-    if main.family != "unknown":
-        return "" if main.prefix in _DETECTED_PREFIXES else main.prefix
-    counts = Counter(prefix for key in tensors for prefix in _prefixes(key))
-    common = [prefix for prefix, count in counts.items() if 2 * count > len(tensors)]
-    for prefix in sorted(common, key=len):
-        if prefix in _WRAPPERS or detect_family(tensors, prefix, (DIFFUSION, TEXT_ENCODER)) != "unknown":
-            return "" if prefix in _DETECTED_PREFIXES else prefix
-    return ""
-
-
-def _prefixes(key: str) -> Iterable[str]:
-    """The first one, two and three parts of a name: "a.b.c.d" has "a.", "a.b." and "a.b.c."."""
-    parts = key.split(".", 3)[:-1]
-    return (".".join(parts[:count]) + "." for count in range(1, len(parts) + 1))
-
-
-def _renamed(tensors: Mapping[str, TensorInfo], main: Component) -> str:
-    parts = main.preset.renamed
-    names = (key for key in tensors if parts and key.startswith(main.prefix) and key.endswith(".weight"))
-    return next((name for name in names if any(part in name for part in parts)), "")
-
-
-def _other_components(tensors: Mapping[str, TensorInfo], main_prefix: str) -> Iterator[Component]:
-    prefixes = {match.group() for key in tensors if (match := _TEXT_ENCODER_PREFIX.match(key))}
-    for prefix in sorted(prefixes, key=len, reverse=True):
-        yield Component(prefix, _text_encoder_family(tensors, prefix))
-    for prefix in _VAE_PREFIXES:
-        if prefix != main_prefix and any(key.startswith(prefix) for key in tensors):
-            yield Component(prefix, "vae")
-
-
-_DIFFUSERS = {
-    "Flux or another double-stream model": "single_transformer_blocks.0.",
-    "AuraFlow": "joint_transformer_blocks.0.",
-    "Z-Image or Lumina 2": "noise_refiner.0.attention.norm_k.",
-    "SD3": "pos_embed.proj.weight transformer_blocks.0.attn.add_q_proj.",
-    "PixArt": "pos_embed.proj.weight transformer_blocks.0.attn1.to_q.",
-    "Wan": "condition_embedder.time_embedder.linear_1. blocks.0.attn1.to_q.",
-    "LTX-Video": "time_embed.emb.timestep_embedder. transformer_blocks.0.attn1.to_q.",
-    "SD 1.x or SDXL": "conv_in.weight down_blocks.0.resnets.0.conv1.",
-}
-"""Model in the diffusers layout -> the starts of keys that all occur in it, separated by spaces."""
-
-
-def diffusers_model(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The model whose diffusers layout the keys follow, or None. ComfyUI's loader drops the scales of that layout."""
-    for model, starts in _DIFFUSERS.items():
-        if all(any(key.startswith(start) for key in tensors) for start in starts.split()):
-            return model
-    return None
-
-
-@dataclass(frozen=True)
-class ForeignFile:
-    """A kind of file that holds Linear-shaped weights, but no whole model."""
-
-    title: str
-    way_out: str
-    words: tuple[str, ...]
-    """A name that matches holds one of these. A quick test, since hostile files have many and long names."""
-    pattern: re.Pattern[str]
-    """Of its tensor names."""
-    share: float = 0.0
-    """More than this share of the names match."""
-
-    def holds(self, tensors: Collection[str]) -> bool:
-        """Whether these are names of such a file."""
-        found = sum(bool(self.pattern.search(key)) for key in tensors if any(word in key for word in self.words))
-        return found > self.share * len(tensors)
-
-
-_FOREIGN = (
-    ForeignFile(
-        "a LoRA",
-        "quantize the model that it belongs to (Stochastic FP8 Quantize applies LoRAs that are loaded before it)",
-        ("lora", "lokr", "loha", "hada", "lycoris", "oft", "dora", ".diff", ".set_weight"),
-        re.compile(
-            r"(?:^|[._])(?:lora|lokr|loha|hada|lycoris|oft|boft|glora|dora)\d*[._]|\.(?:diff|diff_b|set_weight)$"
-        ),
-        0.5,
-    ),
-    ForeignFile(
-        "a ControlNet or T2I-Adapter",
-        "use it as it is, beside a quantized model",
-        ("control", "input_hint_block", "zero_", "lllite", "body."),
-        re.compile(
-            r"^(?:\w+\.)?(?:control_model\.|input_hint_block\.|controlnet_|control_img_in\.|control_blocks\.|zero_convs\.|"
-            r"zero_res|control_layers\.|control_all_x_embedder\.|lllite_|lora_controlnet|body\.\d+\.(?:block|resnets)\w*\.)"
-        ),
-    ),
-    ForeignFile(
-        "an IP-Adapter or a similar adapter",
-        "use it as it is, beside a quantized model",
-        ("ip_adapter", "image_proj", "pulid_", "id_adapter", "id_encoder", "redux_", "k_ip", "v_ip", "motion_modules"),
-        re.compile(
-            r"^(?:ip_adapter|image_proj|image_proj_model|ip_adapter_proj_model|pulid_\w+|id_adapter\w*|id_encoder|"
-            r"redux_\w+)\.|[._]ip_adapter[._]|\.to_[kv]_ip\.|\.motion_modules\."
-        ),
-        0.5,
-    ),
-    ForeignFile(
-        "a textual-inversion embedding",
-        "use it as it is, from models/embeddings",
-        ("emb_params", "string_to_", "clip_", "t5xxl", "<"),
-        re.compile(r"^(?:emb_params|string_to_\w+(?:\..*)?|clip_[lgh]|t5xxl|umt5xxl|<.*>)$"),
-        0.5,
-    ),
-)
-
-_SHARD = re.compile(r"(?<!\d)0*(\d{1,6})[-_. ]of[-_. ]0*(\d{1,6})(?!\d)", re.IGNORECASE)
-
-
-def foreign_kind(tensors: Collection[str], file_name: str = "") -> tuple[str, str] | None:
-    """What a file is that holds no whole model, and the way out: a LoRA, an adapter, a ControlNet, an embedding, or by
-    its file name one shard of a set. None for all others."""
-    checkpoint = any(key.startswith("model.diffusion_model.") for key in tensors)  # it may hold a ControlNet as well
-    for kind in _FOREIGN:
-        if kind.holds(tensors) and (kind.share or not checkpoint):
-            return kind.title, kind.way_out
-    shard = _SHARD.search(file_name)
-    if shard and int(shard[2]) > 1 and file_name.endswith(".safetensors"):
-        return f"file {shard[1]} of the {shard[2]} that hold one model", "give the .safetensors.index.json of the set"
-    return None
-
-
-_OTHER_QUANTIZERS = {
-    "bitsandbytes (NF4 or FP4)": re.compile(r"\.(?:absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*)$"),
-    "bitsandbytes (int8)": re.compile(r"\.SCB$"),
-    "SVDQuant (Nunchaku)": re.compile(r"\.(?:wscales|wtscale|smooth_factor|smooth_factor_orig)$"),
-    "quanto": re.compile(r"\._(?:data|scale|shift)$"),
-    "GPTQ or AWQ": re.compile(r"\.(?:qweight|qzeros)$"),
-    "HQQ": re.compile(r"\.W_q$"),
-}
-"""Program whose quantized weights ComfyUI reads with a custom node only -> its tensor names."""
-
-_END = 64
-"""Characters at the end of a name that these patterns look at."""
-
-
-def other_quantizer(tensors: Iterable[str]) -> tuple[str, str] | None:
-    """The program that quantized a file to a format that is not FP8, and one of its tensors. None for all others."""
-    names = [key for key in tensors if not key.endswith((".weight", ".bias"))]
-    for program, pattern in _OTHER_QUANTIZERS.items():
-        for name in names:
-            if pattern.search(name[-_END:]):
-                return program, name
-    return None

@@ -8,6 +8,7 @@ NOT_LINEAR = "not_linear"
 DTYPE = "dtype"
 EMPTY = "empty"
 ODD_SIDE = "odd_side"
+UNUSABLE = "unusable"
 SUFFIX = "suffix"
 NOT_NAMED = "not_named"
 KEEP_PATTERN = "keep_pattern"
@@ -16,12 +17,15 @@ NETWORK_END = "network_end"
 NEVER_QUANTIZED_NETWORK = "never_quantized_network"
 NO_NETWORK = "no_network"
 NON_FINITE = "non_finite"
+EFFECT = "effect"
+NO_EFFECT_KNOWN = "no_effect_known"
 
 _TEXTS = {
     NOT_LINEAR: "not a Linear layer",
     DTYPE: "{detail} is not a floating-point dtype",
     EMPTY: "empty",
     ODD_SIDE: "a side is not divisible by {detail}",
+    UNUSABLE: "{detail}",
     SUFFIX: "the name does not end in {detail}",
     NOT_NAMED: "not named by 'only'",
     KEEP_PATTERN: "kept by pattern '{pattern}'",
@@ -30,6 +34,8 @@ _TEXTS = {
     NEVER_QUANTIZED_NETWORK: "{detail}",
     NO_NETWORK: "does not belong to any model in this file",
     NON_FINITE: "holds {detail}",
+    EFFECT: "changes the picture most per byte",
+    NO_EFFECT_KNOWN: "its effect is not known",
 }
 """kind -> its text."""
 

@@ -15,8 +15,10 @@ from ..choices import choose
 from ..errors import UnknownPatternError
 from ..files.header import TensorInfo
 from ..numerics.formats import FORMATS
+from .components import Component, Components
+from .linear import is_linear
 from .patterns import Pattern, PatternSet, check_length, no_match
-from .presets import FAMILIES, NEVER_QUANTIZED, PRESETS, Component, Components
+from .presets import FAMILIES, NEVER_QUANTIZED, PRESETS, TEXT_ENCODER
 from .reasons import (
     DTYPE,
     EMPTY,
@@ -29,48 +31,34 @@ from .reasons import (
     ODD_SIDE,
     PRESET_PATTERN,
     SUFFIX,
+    UNUSABLE,
     Reason,
 )
 
-LAYERS = {
+MEASURED = "measured"
+
+PRESET_LAYERS = {
     "auto": "the preset of the model's family, found by its keys",
     "all_linear": "every Linear layer that FP8 can hold",
     **{family: f"the preset of {PRESETS[family].title}" for family in FAMILIES},
 }
+"""The choices of layers that need only names and shapes."""
+
+LAYERS = PRESET_LAYERS | {
+    MEASURED: "the layers that change the picture least per byte, up to a size or a quality; needs a calibration"
+}
 
 QUANTIZABLE_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
-SIDE_MULTIPLE = 16
-"""FP8 matrix multiplications take only sides divisible by this."""
+MOST_NAMED = 5
+"""Patterns without a match that one error names."""
 
-NOT_LINEAR_PATTERNS = (
-    "shared",
-    "embed_tokens*",
-    "*token_embedding",
-    "*token_embeddings",
-    "*position_embedding",
-    "*position_embeddings",
-    "token_type_embeddings",
-    "word_embeddings",
-    "wte",
-    "wpe",
-    "pos_embed",
-    "pos_embedding",
-    "relative_attention_bias",
-    "embedding_table",
-    "addition_t_embedding",
-    "cond_type_embedding",
-    "embed_image_indicator",
-    "controlnet_mode_embedder",
-    "style_embedder",
-    "lyric_embs",
-    "trainable_cond_mask",
-    "motion_encoder",
-)
-"""2-D `.weight` tensors that are not Linear weights: embeddings, and the raw parameters of Wan-Animate."""
+SIDE_MULTIPLE = 16
+"""FP8 matrix multiplications take only sides divisible by this. They are used with matmul `fp8`, and in one text
+encoder: ComfyUI 0.33 multiplies that of MiniMax Music 3 in FP8."""
 
 COSTLY_SHARE = 0.05
-"""A pattern that keeps more than this share of the parameters is mentioned in the notes."""
+"""What keeps more than this share of the parameters in high precision is mentioned in the notes."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +90,7 @@ def select_layers(
     suffixes: Collection[str] = (".weight",),
     linear_names: Collection[str] | None = None,
     kind: str | None = None,
+    fp8_matmul: bool = False,
 ) -> Selection:
     """Choose the tensors to quantize.
 
@@ -109,6 +98,8 @@ def select_layers(
     applied beside those of the preset. `keep` keeps what it matches; `only` keeps what it does not match. suffixes: a
     name must end in one of them. linear_names: names of the Linear modules, where module types are known; None: names
     and shapes decide. kind: DIFFUSION or TEXT_ENCODER for the bare names of one network; None: a whole file.
+    fp8_matmul: whether diffusion models multiply in FP8, which takes only sides divisible by SIDE_MULTIPLE. In text
+    encoders the sides are always checked: ComfyUI decides how to multiply these, mostly in full precision.
 
     Raises UnknownChoiceError for `layers`, UnknownPatternError (with similar names) for a pattern that matches no name,
     PatternError for patterns that are empty or longer than LONGEST_PATTERNS together.
@@ -116,7 +107,7 @@ def select_layers(
     choose(LAYERS, layers, "layers")
     check_length([*keep, *only])
     components = Components(tensors, kind)
-    rules = _Rules(tensors, components, layers, keep, only, suffixes, linear_names)
+    rules = _Rules(tensors, components, layers, keep, only, suffixes, linear_names, fp8_matmul)
     quantize, kept = [], []
     for name, info in tensors.items():
         reason = rules.reason_to_keep(name, info)
@@ -134,14 +125,6 @@ def select_layers(
     )
 
 
-_NOT_LINEAR = PatternSet(map(Pattern.parse, NOT_LINEAR_PATTERNS))
-
-
-def is_linear(name: str, info: TensorInfo) -> bool:
-    """Whether a tensor of a file is the weight of a Linear layer, judged by its name and shape."""
-    return len(info.shape) == 2 and name.endswith(".weight") and not _NOT_LINEAR.matching(name)
-
-
 @dataclass
 class _Rules:
     """The rules, with the patterns parsed, and a count of what each pattern matched."""
@@ -153,17 +136,23 @@ class _Rules:
     only: Collection[str]
     suffixes: Collection[str]
     linear_names: Collection[str] | None
+    fp8_matmul: bool
     hits: Counter[str] = field(default_factory=Counter)
     """Pattern -> names that it matched."""
     kept_elements: Counter[str] = field(default_factory=Counter)
     """Pattern -> parameters that it kept in high precision."""
+    odd_elements: Counter[str] = field(default_factory=Counter)
+    """What needs sides divisible by SIDE_MULTIPLE -> parameters of Linear layers without them."""
+    guessed_elements: int = 0
+    """Parameters of the main network that the preset of unknown networks kept in high precision."""
 
     def __post_init__(self) -> None:
         self.user_keep = self._parse_users(self.keep)
         self.user_only = self._parse_users(self.only)
         self.presets = {component: self._parse_preset(component) for component in self.components.all}
         main = self.components.main
-        self.ends = _ends(self.tensors, main.prefix) if self._family(main) == "unknown" else frozenset()
+        self.guesses = self._family(main) == "unknown" and not self._takes_all(main)
+        self.ends = _ends(self.tensors, main.prefix) if self.guesses else frozenset()
 
     def reason_to_keep(self, name: str, info: TensorInfo) -> Reason | None:
         component = self.components.of(name)
@@ -172,33 +161,64 @@ class _Rules:
         if component.preset.kind == NEVER_QUANTIZED:
             return Reason(NEVER_QUANTIZED_NETWORK, detail=component.preset.reason)
         return (
-            self._shape_reason(name, info)
+            self._shape_reason(name, info, component)
             or self._user_reason(name, info)
             or self._preset_reason(name, info, component)
         )
 
     def notes(self) -> Iterable[str]:
         main = self.components.main
-        if self.layers in FAMILIES and main.family not in (self.layers, "unknown"):
-            yield f"the keys look like {main.preset.title}, the preset requested is that of {self.layers}"
+        yield from self._requested_notes(main)
+        if main.family == "unknown" and self._takes_all(main) and self.linear_names is None:
+            yield "the model family is unknown: names and shapes decide which tensors are Linear layers"
+        total = sum(info.elements for info in self.tensors.values())
+        if self.guessed_elements:
+            unknown = "the model family is unknown: " if main.family == "unknown" else ""
+            yield (
+                f"{unknown}the layers to keep are guessed from their names, and "
+                f"{display.share(self.guessed_elements / total)} of the parameters stay in high precision. Compare "
+                "images. If the guess is wrong, use 'keep' and 'only', or the preset of a family"
+            )
         for component in self.components.others:
             if component.preset.kind == NEVER_QUANTIZED:
                 yield f"{component.prefix}* stays as it is: {component.preset.reason}"
+            elif self._takes_all(component):
+                yield f"{component.prefix}* is quantized, every Linear layer that FP8 can hold"
             else:
-                yield f"{component.prefix}* is quantized with the preset of {component.preset.title}"
-        total = sum(info.elements for info in self.tensors.values())
-        for pattern, elements in self.kept_elements.items():
+                yield f"{component.prefix}* is quantized with the preset of {PRESETS[self._family(component)].title}"
+        reasons = {f"'{pattern}' keeps": elements for pattern, elements in self.kept_elements.items()}
+        for needing, elements in self.odd_elements.items():
+            reasons[f"{needing} sides divisible by {SIDE_MULTIPLE}, which leaves"] = elements
+        for reason, elements in reasons.items():
             if elements > COSTLY_SHARE * total:
-                yield f"'{pattern}' keeps {display.share(elements / total)} of the parameters in high precision"
+                yield f"{reason} {display.share(elements / total)} of the parameters in high precision"
+
+    def _requested_notes(self, main: Component) -> Iterable[str]:
+        """Where the preset requested is not that of the main network."""
+        requested = PRESETS.get(self.layers)
+        if requested is None or main.preset.kind == NEVER_QUANTIZED or self.layers == main.family:
+            return
+        if self._family(main) == self.layers:
+            if main.family != "unknown":
+                yield f"the keys look like {main.preset.title}, the preset requested is that of {self.layers}"
+        elif all(component.preset.kind != requested.kind for component in self.components.others):
+            yield (
+                f"layers {self.layers} is ignored: it is the preset of a {requested.kind}, and there is none here. "
+                f"The preset of {main.preset.title} applies"
+            )
 
     def _family(self, component: Component) -> str:
         """The family whose preset applies: the one requested, if its kind is that of the network."""
         requested = PRESETS.get(self.layers)
         return self.layers if requested and requested.kind == component.preset.kind else component.family
 
-    def _shape_reason(self, name: str, info: TensorInfo) -> Reason | None:
+    def _takes_all(self, component: Component) -> bool:
+        """Whether every Linear layer of a network is selected. With MEASURED, the engine then chooses among them."""
+        return self.layers == "all_linear" or (self.layers == MEASURED and component == self.components.main)
+
+    def _shape_reason(self, name: str, info: TensorInfo, component: Component) -> Reason | None:
         if self.linear_names is None:
-            linear = is_linear(name, info)
+            linear = is_linear(name, info, component.preset)
         else:
             linear = name.endswith(".weight") and name.removesuffix(".weight") in self.linear_names
         if not linear or len(info.shape) != 2:
@@ -207,9 +227,19 @@ class _Rules:
             return Reason(DTYPE, detail=info.dtype)
         if not info.elements:
             return Reason(EMPTY)
-        if any(side % SIDE_MULTIPLE for side in info.shape):
-            return Reason(ODD_SIDE, detail=str(SIDE_MULTIPLE))
+        if component.preset.unusable_patterns.matching(name):
+            return Reason(UNUSABLE, detail=component.preset.unusable_reason)
+        needing = self._needing_multiples(component)
+        if needing and any(side % SIDE_MULTIPLE for side in info.shape):
+            self.odd_elements[needing] += info.elements
+            return Reason(ODD_SIDE, detail=f"{SIDE_MULTIPLE}, which {needing}")
         return None
+
+    def _needing_multiples(self, component: Component) -> str:
+        """What needs sides divisible by SIDE_MULTIPLE in a network, or ""."""
+        if component.preset.kind == TEXT_ENCODER:
+            return "text encoders need"
+        return "FP8 matmul needs" if self.fp8_matmul else ""
 
     def _user_reason(self, name: str, info: TensorInfo) -> Reason | None:
         if not name.endswith(tuple(self.suffixes)):
@@ -224,14 +254,18 @@ class _Rules:
         return None
 
     def _preset_reason(self, name: str, info: TensorInfo, component: Component) -> Reason | None:
-        if self.layers == "all_linear":
+        if self._takes_all(component):
             return None
         family = self._family(component)
-        kept = self._hits(name.removeprefix(component.prefix), self.presets[component])
-        if kept:
-            self._count_kept(kept, info)
-            return Reason(PRESET_PATTERN, pattern=kept, preset=family)
-        return Reason(NETWORK_END) if name in self.ends else None
+        kept = self._hits(self._bare(name, component), self.presets[component])
+        if not kept and name not in self.ends:
+            return None
+        if self.guesses and component == self.components.main and info.dtype not in FORMATS:
+            self.guessed_elements += info.elements
+        if not kept:
+            return Reason(NETWORK_END)
+        self._count_kept(kept, info)
+        return Reason(PRESET_PATTERN, pattern=kept, preset=family)
 
     def _count_kept(self, pattern: str, info: TensorInfo) -> None:
         """What was FP8 before and stays so is not in high precision."""
@@ -246,10 +280,17 @@ class _Rules:
         return matching[0].text if matching else ""
 
     def _parse_preset(self, component: Component) -> PatternSet:
-        if self.layers == "all_linear" or component.preset.kind == NEVER_QUANTIZED:
+        if self._takes_all(component) or component.preset.kind == NEVER_QUANTIZED:
             return PatternSet(())
-        names = [name.removeprefix(component.prefix) for name in self.tensors if name.startswith(component.prefix)]
+        names = [self._bare(name, component) for name in self.tensors if name.startswith(component.prefix)]
         return self._count(Pattern.parse(text).resolve(names) for text in PRESETS[self._family(component)].keep)
+
+    def _bare(self, name: str, component: Component) -> str:
+        """A tensor's name as presets know it: without prefixes, of other programs too."""
+        wrapper = self.components.undetected_prefix if component == self.components.main else ""
+        return (
+            name.removeprefix(wrapper) if wrapper and name.startswith(wrapper) else name.removeprefix(component.prefix)
+        )
 
     def _parse_users(self, texts: Collection[str]) -> PatternSet:
         patterns = self._count(Pattern.parse(text).resolve(self.tensors) for text in dict.fromkeys(texts))
@@ -258,9 +299,11 @@ class _Rules:
             if not unmatched:
                 break
             unmatched.difference_update(patterns.matching(name))
-        for pattern in patterns.patterns:
-            if pattern in unmatched:
-                raise UnknownPatternError(no_match(pattern.text, self.tensors))
+        missing = [pattern.text for pattern in patterns.patterns if pattern in unmatched]
+        if missing:
+            texts = [no_match(text, self.tensors) for text in missing[:MOST_NAMED]]
+            more = [f"and {len(missing) - MOST_NAMED} more patterns"] * (len(missing) > MOST_NAMED)
+            raise UnknownPatternError("; ".join(texts + more))
         return patterns
 
     def _count(self, patterns: Iterable[Pattern]) -> PatternSet:

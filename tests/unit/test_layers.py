@@ -9,8 +9,10 @@ import torch
 from stochastic_fp8_pack.kernels.errors import PatternError, UnknownPatternError
 from stochastic_fp8_pack.kernels.files.header import TensorInfo
 from stochastic_fp8_pack.kernels.selection import patterns
+from stochastic_fp8_pack.kernels.selection.components import Components, detect_family
+from stochastic_fp8_pack.kernels.selection.foreign import diffusers_model
 from stochastic_fp8_pack.kernels.selection.patterns import LONGEST_PATTERNS, Pattern, PatternSet
-from stochastic_fp8_pack.kernels.selection.presets import PRESETS, Components, detect_family, diffusers_model
+from stochastic_fp8_pack.kernels.selection.presets import DIFFUSION, PRESETS
 from stochastic_fp8_pack.kernels.selection.selection import LAYERS, select_layers
 
 
@@ -35,7 +37,10 @@ FAMILY_KEYS = {
         "img_in.weight",
         "distilled_guidance_layer.norms.0.scale",
     ],
-    "qwen_image": ["txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"],
+    "qwen_image": [
+        *("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"),
+        "transformer_blocks.0.attn.add_q_proj.weight",
+    ],
     "wan": ["head.modulation", "patch_embedding.weight", "blocks.0.ffn.0.weight"],
     "lumina2": ["cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight"],
     "ltxv": ["adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight"],
@@ -92,7 +97,10 @@ def test_an_unknown_network_under_a_prefix():
 def test_the_choices_are_auto_all_linear_and_every_family_that_can_be_quantized():
     assert list(LAYERS) == [
         *("auto", "all_linear", "flux", "chroma", "qwen_image", "wan", "lumina2", "ltxv", "sd3", "hunyuan_video"),
-        *("hidream", "sdxl", "t5xxl", "llm", "unknown"),
+        *("hidream", "sdxl", "t5xxl", "llm", "unknown", "anima", "cosmos", "lens", "krea2", "ideogram4", "ernie_image"),
+        *("omnigen2", "joyimage", "hidream_o1", "kandinsky5", "pixeldit", "minimax_h3", "seedvr2", "auraflow"),
+        *("pixart", "hunyuan_dit", "mochi", "cogvideox", "hunyuan3d", "hunyuan3d_21", "triposplat", "stable_cascade"),
+        *("stable_audio", "ace_step", "ace_step_15", "minimax_music3", "measured"),
     ]
 
 
@@ -173,7 +181,7 @@ def test_the_choices_are_auto_all_linear_and_every_family_that_can_be_quantized(
 )
 def test_a_preset_keeps_what_it_says(family, kept, quantized):
     names = [f"{layer}.weight" for layer in f"{kept} {quantized}".split()]
-    selection = select_layers(infos(*FAMILY_KEYS[family], shape=(1, 1)) | infos(*names))
+    selection = select_layers(infos(*FAMILY_KEYS[family], shape=(1,)) | infos(*names))
     assert selection.family == family
     assert sorted(selection.quantize) == sorted(f"{layer}.weight" for layer in quantized.split())
 
@@ -195,20 +203,58 @@ def test_clip_other_text_encoders_and_vae_are_never_quantized(family, layers):
     assert {reason.text for _, reason in selection.kept} == {PRESETS[family].reason}
 
 
-def test_an_unknown_network_keeps_its_ends_and_layers_named_like_embeddings_norms_heads_and_modulations():
-    inner = [f"encoder.layer.{i}.attention.self.query.weight" for i in range(3)]
-    kept = {
-        "pooler.dense.weight": "at the beginning or the end of an unknown network",
-        "entry.0.weight": "at the beginning or the end of an unknown network",
-        "encoder.layer.0.time_embedder.linear.weight": "kept by pattern '*embed*' of preset unknown",
-        "encoder.layer.0.lm_heads.out.weight": "kept by pattern '*head*' of preset unknown",
-        "encoder.layer.0.ada_modulation.weight": "kept by pattern '*modulation*' of preset unknown",
-        "encoder.layer.0.img_mod.1.weight": "kept by pattern '*_mod' of preset unknown",
-        "encoder.layer.0.normal.out.weight": "kept by pattern '*norm*' of preset unknown",
-    }
-    selection = select_layers(infos(*inner, *kept))
+UNKNOWN_KEPT = {
+    "pooler.dense": "at the beginning or the end of an unknown network",
+    "entry.0": "at the beginning or the end of an unknown network",
+    "encoder.layer.0.time_embedder.linear": "kept by pattern '*embed*' of preset unknown",
+    "encoder.layer.0.lm_heads.out": "kept by pattern '*head*' of preset unknown",
+    "encoder.layer.0.ada_modulation": "kept by pattern '*modulation*' of preset unknown",
+    "encoder.layer.0.adaLN.1": "kept by pattern '*adaLN*' of preset unknown",
+    "encoder.layer.0.adaln_proj.linear": "kept by pattern '*adaln*' of preset unknown",
+    "encoder.layer.0.img_mod.1": "kept by pattern '*_mod' of preset unknown",
+    "encoder.layer.0.mod_x": "kept by pattern 'mod_*' of preset unknown",
+    "encoder.layer.0.mod_y": "kept by pattern 'mod_*' of preset unknown",
+    "encoder.layer.0.modC.1": "kept by pattern 'modC' of preset unknown",
+    "encoder.layer.0.modX.1": "kept by pattern 'modX' of preset unknown",
+    "encoder.layer.0.modCX.1": "kept by pattern 'modCX' of preset unknown",
+}
+
+
+def test_an_unknown_network_keeps_its_ends_and_what_embeds_or_modulates():
+    inner = ["attention.self.query", "attention.norm1.linear", "normal.out", "model.fc1"]
+    inner = [f"encoder.layer.{i}.{name}.weight" for name in inner for i in range(3)]
+    selection = select_layers(infos(*inner, *(f"{name}.weight" for name in UNKNOWN_KEPT)))
     assert selection.quantize == tuple(inner)
-    assert {name: reason.text for name, reason in selection.kept} == kept
+    assert {name.removesuffix(".weight"): reason.text for name, reason in selection.kept} == UNKNOWN_KEPT
+    guess = "the model family is unknown: the layers to keep are guessed from their names, and 52 % of the parameters"
+    assert any(note.startswith(guess) for note in selection.notes)
+
+
+@pytest.mark.parametrize("name", ["layers.0.fc.bias", "first_stage_model.decoder.conv_in.weight"])
+def test_no_guess_is_noted_that_kept_nothing(name):
+    tensors = infos(name) | infos("layers.0.norm.weight", shape=(16,))
+    assert not any("guessed" in note for note in select_layers(tensors).notes)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module._orig_mod."])
+def test_a_wrappers_name_is_no_reason_to_keep(wrapper):
+    names = [f"layers.{i}.fc.weight" for i in range(3)] + ["layers.0.time_embed.weight"]
+    selection = select_layers(infos(*(wrapper + name for name in names)))
+    assert selection.quantize == tuple(wrapper + name for name in names[:3])
+
+
+@pytest.mark.parametrize("layers", ["all_linear", "flux"])
+def test_no_guess_without_the_preset_of_unknown_networks(layers):
+    selection = select_layers(infos("layers.0.fc.weight", "embed.weight"), layers=layers)
+    assert selection.quantize == ("layers.0.fc.weight", "embed.weight")
+    by_name = "the model family is unknown: names and shapes decide which tensors are Linear layers"
+    assert selection.notes == ((by_name,) if layers == "all_linear" else ())
+
+
+def test_known_modules_are_not_decided_by_names():
+    names = ["layers.0.fc", "embed"]
+    selection = select_layers(infos(*(f"{n}.weight" for n in names)), layers="all_linear", linear_names=names)
+    assert not selection.notes
 
 
 def test_a_network_without_blocks_keeps_its_first_and_last_tensor():
@@ -238,6 +284,22 @@ def test_a_preset_of_another_family_is_noted():
     assert "the keys look like SD3, SD3.5, the preset requested is that of flux" in selection.notes
 
 
+def test_the_preset_of_another_kind_is_noted_as_ignored():
+    tensors = of(checkpoints.sd3())
+    selection, auto = select_layers(tensors, layers="t5xxl"), select_layers(tensors)
+    assert selection.quantize == auto.quantize
+    (note,) = set(selection.notes) - set(auto.notes)
+    assert note.startswith("layers t5xxl is ignored: it is the preset of a text encoder")
+    assert note.endswith("The preset of SD3, SD3.5 applies")
+
+
+def test_the_unknown_preset_of_a_known_family_is_noted():
+    notes = select_layers(of(checkpoints.sd3()), layers="unknown").notes
+    assert "the keys look like SD3, SD3.5, the preset requested is that of unknown" in notes
+    assert any("guessed from their names" in note for note in notes)
+    assert not any("the model family is unknown" in note for note in notes)
+
+
 def test_an_unknown_choice_of_layers_lists_the_valid_ones():
     with pytest.raises(ValueError, match="unknown layers 'all': choose one of auto, all_linear, flux"):
         select_layers({}, layers="all")
@@ -261,8 +323,6 @@ def test_an_unknown_choice_of_layers_lists_the_valid_ones():
         ("text_model.embeddings.position_embedding.weight", (32, 16), "bfloat16", "not a Linear layer"),
         ("embeddings.word_embeddings.weight", (32, 16), "bfloat16", "not a Linear layer"),
         ("motion_encoder.dec.direction.weight", (512, 32), "bfloat16", "not a Linear layer"),
-        ("blocks.0.attn.q.weight", (32, 24), "bfloat16", "a side is not divisible by 16"),
-        ("blocks.0.attn.q.weight", (8, 16), "bfloat16", "a side is not divisible by 16"),
         ("blocks.0.attn.q.weight", (0, 16), "bfloat16", "empty"),
         ("blocks.0.attn.q.weight", (32, 16), "uint8", "uint8 is not a floating-point dtype"),
         ("blocks.0.attn.q.weight", (32, 16), "complex64", "complex64 is not a floating-point dtype"),
@@ -271,6 +331,27 @@ def test_an_unknown_choice_of_layers_lists_the_valid_ones():
 )
 def test_tensors_that_cannot_be_quantized_are_kept(name, shape, dtype, reason):
     assert reasons(infos(name, shape=shape, dtype=dtype), layers="all_linear") == {name: reason}
+
+
+@pytest.mark.parametrize("shape", [(32, 24), (8, 16), (2520, 2520)])
+@pytest.mark.parametrize("linear_names", [None, {"blocks.0.attn.q"}])
+def test_fp8_matmul_takes_only_sides_divisible_by_16(shape, linear_names):
+    tensors = infos("blocks.0.attn.q.weight", shape=shape)
+    choices = {"layers": "all_linear", "linear_names": linear_names}
+    assert select_layers(tensors, **choices).quantize == ("blocks.0.attn.q.weight",)
+    assert reasons(tensors, fp8_matmul=True, **choices) == {
+        "blocks.0.attn.q.weight": "a side is not divisible by 16, which FP8 matmul needs"
+    }
+    note = "FP8 matmul needs sides divisible by 16, which leaves 100 % of the parameters in high precision"
+    assert note in select_layers(tensors, fp8_matmul=True, **choices).notes
+
+
+def test_text_encoders_always_need_sides_divisible_by_16():
+    """Nothing tells ComfyUI to multiply them in full precision."""
+    odd = "model.layers.0.mlp.up_proj.weight"
+    tensors = infos(*FAMILY_KEYS["llm"]) | infos(odd, shape=(32, 24))
+    assert reasons(tensors)[odd] == "a side is not divisible by 16, which text encoders need"
+    assert odd in select_layers(tensors, kind=DIFFUSION, layers="all_linear").quantize
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
@@ -497,6 +578,17 @@ def test_the_diffusion_model_and_t5_of_an_all_in_one_checkpoint_are_quantized():
     assert "text_encoders.t5xxl.transformer.* is quantized with the preset of T5-XXL, UMT5-XXL" in selection.notes
 
 
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [("llm", f" with the preset of {PRESETS['llm'].title}"), ("all_linear", ", every Linear layer that FP8 can hold")],
+)
+def test_the_preset_that_is_used_in_an_all_in_one_checkpoint_is_noted(layers, text):
+    notes = select_layers(of(checkpoints.all_in_one()), layers=layers).notes
+    (note,) = (note for note in notes if note.startswith("text_encoders.t5xxl"))
+    assert note == f"text_encoders.t5xxl.transformer.* is quantized{text}"
+    assert not any("ignored" in note for note in notes)
+
+
 def test_the_tensor_key_is_the_same_alone_and_in_an_all_in_one_checkpoint():
     selection = select_layers(of(checkpoints.all_in_one()))
     keys = [selection.tensor_key(name) for name in selection.quantize]
@@ -528,7 +620,8 @@ def test_a_tensor_outside_all_networks_is_kept():
     ("model", "keys"),
     [
         ("Flux", ["x_embedder.weight", "single_transformer_blocks.0.attn.to_q.weight"]),
-        ("AuraFlow", ["joint_transformer_blocks.0.attn.add_k_proj.weight"]),
+        ("AuraFlow", ["joint_transformer_blocks.0.attn.add_k_proj.weight", "single_transformer_blocks.0.ff.weight"]),
+        ("Krea 2", ["text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight"]),
         ("Z-Image", ["noise_refiner.0.attention.norm_k.weight"]),
         ("SD3", ["pos_embed.proj.weight", "transformer_blocks.0.attn.add_q_proj.weight"]),
         ("PixArt", ["pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"]),
@@ -538,7 +631,8 @@ def test_a_tensor_outside_all_networks_is_kept():
     ],
 )
 def test_the_diffusers_layout_is_detected(model, keys):
-    assert diffusers_model(infos(*keys)).startswith(model)
+    for prefix in ("", "model.diffusion_model.", "model.", "net.", "transformer."):
+        assert diffusers_model(infos(*(prefix + key for key in keys))).startswith(model)
 
 
 @pytest.mark.parametrize("keys", FAMILY_KEYS.values())
