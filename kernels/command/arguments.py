@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from ..numerics.formats import FORMATS
 from ..numerics.rounding import METHODS
 from ..numerics.scaling import SCALINGS
 from ..recipe import CHOICES, Recipe
+from ..selection.selection import LAYERS, PRESET_LAYERS
 from ..version import VERSION
 
 FP8_TYPES = {name.removeprefix("float8_").removesuffix("fn"): name for name in FORMATS}
@@ -68,13 +70,17 @@ def layer_recipe(options: argparse.Namespace) -> Recipe:
         keep=options.keep,
         only=options.only,
         suffixes=options.keys_to_quantize_suffix,
+        size_limit=options.size_limit,
+        target_quality=options.target_db,
     )
 
 
 def _quantize_parser() -> argparse.ArgumentParser:
     parser = _parser("IN OUT [option ...]", "Quantize a .safetensors model to scaled FP8 for ComfyUI.", epilog=COMMANDS)
     parser.add_argument("--version", action="version", version=VERSION)
-    parser.add_argument("source", metavar="IN", help="a .safetensors file, or the .safetensors.index.json of several")
+    parser.add_argument(
+        "source", metavar="IN", help="a .safetensors or .sft file, or the .safetensors.index.json of several"
+    )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--fp8_type", choices=FP8_TYPES, default="e4m3", help="FP8 format; default: e4m3")
     roundings = parser.add_argument_group("rounding (choose one)").add_mutually_exclusive_group()
@@ -82,9 +88,10 @@ def _quantize_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a file from Save FP8 Calibration; for --calibrated, and for the input scales of --matmul fp8",
+        help="a file from Save FP8 Calibration; for --calibrated, --preset measured and the input scales of --matmul "
+        "fp8",
     )
-    _add_layer_arguments(parser)
+    _add_limits(_add_layer_arguments(parser, LAYERS))
     file = parser.add_argument_group("output file")
     _add_choice(file, "--layout", "layout", "layout of OUT: ")
     _add_choice(file, "--matmul", "matmul", "how ComfyUI multiplies: ")
@@ -135,7 +142,8 @@ def _compare_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a file from Save FP8 Calibration; adds calibrated rounding and the error of the layer outputs",
     )
-    _add_layer_arguments(parser)
+    _add_layer_arguments(parser, PRESET_LAYERS)
+    parser.set_defaults(size_limit=0.0, target_db=0.0)
     _add_output_arguments(parser)
     return parser
 
@@ -161,12 +169,12 @@ def _parser(usage: str, description: str, epilog: str | None = None) -> argparse
     )
 
 
-def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_layer_arguments(parser: argparse.ArgumentParser, presets: Mapping[str, object]) -> argparse._ArgumentGroup:
     scalings = parser.add_argument_group("scaling (choose one)").add_mutually_exclusive_group()
     _add_flags(scalings, "scaling", SCALINGS, SCALING_FLAGS, default="absmax")
     parser.add_argument("--seed", type=_whole, default=0, metavar="N", help="seed of the random numbers; default: 0")
     layers = parser.add_argument_group("layers")
-    _add_choice(layers, "--preset", "layers", "which layers: ")
+    _add_choice(layers, "--preset", "layers", "which layers: ", presets)
     layers.add_argument("--keep", nargs="+", default=(), metavar="P", help="patterns of layers to leave unchanged")
     layers.add_argument("--only", nargs="+", default=(), metavar="P", help="patterns of the only layers to quantize")
     layers.add_argument(
@@ -175,6 +183,24 @@ def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
         default=(".weight",),
         metavar="S",
         help="quantize only tensors whose names end in one of these; default: .weight",
+    )
+    return layers
+
+
+def _add_limits(layers: argparse._ArgumentGroup) -> None:
+    layers.add_argument(
+        "--size-limit",
+        type=_limit,
+        default=0.0,
+        metavar="GB",
+        help="for --preset measured: the largest size of OUT, in GB of 10^9 bytes",
+    )
+    layers.add_argument(
+        "--target-db",
+        type=_limit,
+        default=0.0,
+        metavar="DB",
+        help="for --preset measured: the smallest predicted quality of the latent image, in dB",
     )
 
 
@@ -195,9 +221,11 @@ def _add_flags(
         group.add_argument(flag, action="store_const", dest=dest, const=name, help=entry.description + note)
 
 
-def _add_choice(group: argparse._ActionsContainer, flag: str, field: str, what: str) -> None:
-    """An option for a field of the recipe. The first choice is the default."""
-    table = CHOICES[field]
+def _add_choice(
+    group: argparse._ActionsContainer, flag: str, field: str, what: str, choices: Mapping[str, object] | None = None
+) -> None:
+    """An option for a field of the recipe. choices: some of its table. The first choice is the default."""
+    table = choices or CHOICES[field]
     default = next(iter(table))
     group.add_argument(
         flag, choices=table, default=default, metavar="X", help=f"{what}{', '.join(table)}; default: {default}"
@@ -211,6 +239,14 @@ def _whole(text: str) -> int:
     return number
 
 
+def _limit(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return number
+
+
+_limit.__name__ = "number"
 _whole.__name__ = "whole number"  # argparse shows it in its message
 
 

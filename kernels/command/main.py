@@ -27,10 +27,9 @@ from ..state_dict.inspection import inspect_file
 from ..state_dict.repair import repair_file
 from ..studies.comparison import compare_roundings
 from . import arguments, tables
+from .starting import CANCELLED, NOTHING_CHANGED, quiet_start
 
 DONE, FAILED, MISUSED = 0, 1, 2
-CANCELLED = 130
-"""The code that shells give a program ended by Ctrl+C."""
 
 log = logging.getLogger("stochastic_fp8")
 
@@ -41,15 +40,16 @@ class OutputError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Raises SystemExit for a wrong command line and for --help."""
-    _open_standard_streams()
-    options = arguments.parse(sys.argv[1:] if argv is None else argv)
-    before = _written(options)
+    with quiet_start():
+        _open_standard_streams()
+        options = arguments.parse(sys.argv[1:] if argv is None else argv)
+        before = _written(options)
     with _logging(options.debug):
         try:
             return JOBS[options.command](options)
         except KeyboardInterrupt:
             if _written(options) == before:
-                return _fail(CANCELLED, "cancelled; no file was changed")
+                return _fail(CANCELLED, NOTHING_CHANGED)
             return _fail(CANCELLED, f"cancelled; {_complete(options)}")
         except Exception as error:  # the outermost level: any error becomes one line
             if options.debug:

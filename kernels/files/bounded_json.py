@@ -12,7 +12,7 @@ MAX_VALUES = 800_000
 
 
 class TooLargeError(ValueError):
-    """A JSON text beyond the limits."""
+    """JSON, or a header, beyond the limits of this library. Other programs may read it."""
 
 
 def parse_json(

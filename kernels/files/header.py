@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeGuard
 
 import torch
+
+from .bounded_json import TooLargeError
 
 MAX_HEADER = 32 << 20
 """Bytes. Those of published models have less than 2 MB; the safetensors library reads 100 MB."""
@@ -97,8 +100,8 @@ def parse_header(data: bytes | bytearray) -> tuple[dict[str, tuple[TensorInfo, i
     """The tensors, with the offsets of their bytes after the header, and the metadata, from a header's JSON.
 
     The JSON is decoded entry by entry: json.loads would turn 100 MB of brackets into gigabytes of lists.
-    Raises ValueError: not the JSON of a header, an unknown dtype, a size that is not shape × dtype, duplicates, tensors
-    that overlap or leave gaps.
+    Raises TooLargeError: beyond the limits above; ValueError: not the JSON of a header, an unknown dtype, a size that
+    is not shape × dtype, duplicates, tensors that overlap or leave gaps.
     """
     scanner = _Scanner(data.decode())
     del data  # the caller may hold no other reference
@@ -108,12 +111,12 @@ def parse_header(data: bytes | bytearray) -> tuple[dict[str, tuple[TensorInfo, i
         if key == "__metadata__":
             for name in scanner.keys():
                 if len(metadata) == MAX_METADATA:
-                    raise ValueError(f"its metadata has more than {MAX_METADATA:,} entries")
+                    raise TooLargeError(f"its metadata has more than {MAX_METADATA:,} entries")
                 metadata[name] = scanner.string()
         elif len(tensors) == MAX_TENSORS:
-            raise ValueError(f"it lists more than {MAX_TENSORS:,} tensors")
+            raise TooLargeError(f"it lists more than {MAX_TENSORS:,} tensors")
         elif len(key) > MAX_NAME:
-            raise ValueError(
+            raise TooLargeError(
                 f"tensor {key[:40]!r}… has a name of {len(key):,} characters; at most {MAX_NAME:,} are read"
             )
         else:
@@ -202,8 +205,11 @@ class _Scanner:
 
     def flat_object(self) -> object:
         """The object that starts here and contains no other object."""
-        self._next()
+        if self._next() != "{":
+            raise ValueError(f"there is no object at character {self.at}")
         end = self.text.find("}", self.at, self.at + MAX_ENTRY) + 1
+        if not end and self.text.find("}", self.at) > 0:
+            raise TooLargeError(f"the entry at character {self.at} has more than {MAX_ENTRY:,} characters")
         value: object = _decode_object(self.text[self.at : end])
         self.at = end
         return value
@@ -234,12 +240,18 @@ def _parse_entry(key: str, entry: object) -> tuple[TensorInfo, int]:
     if not _natural_numbers(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {key!r} has the invalid data_offsets {offsets!r}")
     name, bits = DTYPES[code]
-    info = TensorInfo(name, tuple(shape))
+    info = TensorInfo(name, _shared(tuple(shape)))
     if info.elements * bits != 8 * (offsets[1] - offsets[0]):
         raise ValueError(
             f"tensor {key!r} has shape {shape} and dtype {code}, but {offsets[1] - offsets[0]:,} bytes by data_offsets"
         )
     return info, offsets[0]
+
+
+@lru_cache(4096)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for equal shapes, of which most models have few."""
+    return shape
 
 
 def _natural_numbers(values: object) -> TypeGuard[list[int]]:

@@ -11,4 +11,4 @@ import torch
 def alternating_buffers(nbytes: int) -> Iterator[torch.Tensor]:
     """Two alternating uint8 buffers (double buffering), without end."""
     with torch.inference_mode(False):  # each thread decides for itself whether it is in inference mode
-        return cycle([torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)])
+        return cycle([torch.empty(nbytes, dtype=torch.uint8, device="cpu") for _ in range(2)])

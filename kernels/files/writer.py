@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from ..errors import file_error
 from .atomic_file import replacing
 from .header import TensorInfo, format_header
-from .reader import Source, open_written
+from .reader import Source, is_safetensors, open_written
 
 EXISTS = "already exists; choose another name, or ask to overwrite it"
 
@@ -34,8 +34,9 @@ def writing(
 
     The block writes each tensor once, in any order; that of `Writer.order` is the fastest. source: what the tensors are
     read from; it must not change meanwhile.
-    Raises CheckpointError: the target exists (unless `overwrite`), does not end in .safetensors, cannot be written, the
-    disk is full, or the source changed; ValueError: a tensor was not written, or is not as announced.
+    Raises CheckpointError: the target exists (unless `overwrite`), does not end in .safetensors or .sft, cannot be
+    written, the disk is full, or the source changed; ValueError: a tensor was not written, or is not as announced. What
+    else the block raises goes through as it is; the target is then unchanged.
     """
     target = Path(target)
     check_target(target, overwrite)
@@ -44,21 +45,27 @@ def writing(
     except ValueError as error:
         raise file_error(target, f"cannot be written: {error}") from error
     size = len(header) + sum(info.nbytes for info in tensors.values())
-    with _as_checkpoint_error(target), replacing(target, size, overwrite=overwrite) as file:
-        writer = Writer(file, tensors, offsets)
+    with ExitStack() as stack:
+        with _as_checkpoint_error(target):
+            file = stack.enter_context(replacing(target, size, overwrite=overwrite))
+        writer = Writer(target, file, tensors, offsets)
         writer.write_at(0, memoryview(header))
+        del header, offsets, tensors, metadata  # of 200,000 tensors they take as much memory as their inspection
         yield writer
         writer.check_complete()
         if source:
             source.check_unchanged()
         check_target(target, overwrite)
+        with _as_checkpoint_error(target):
+            stack.close()  # replaces the target
 
 
 class Writer:
     """Writes the tensors of an open safetensors file."""
 
-    def __init__(self, file: FileIO, tensors: Mapping[str, TensorInfo], offsets: dict[str, int]):
-        self._file = file
+    def __init__(self, target: Path, file: FileIO, tensors: Mapping[str, TensorInfo], offsets: dict[str, int]):
+        """target: the file that `file` becomes, which errors name."""
+        self._target, self._file = target, file
         self._tensors = tensors
         self._offsets = offsets
         self._missing = set(offsets)
@@ -77,26 +84,31 @@ class Writer:
         self.write_at(self._offsets[key], data.numpy().data)
         self._missing.discard(key)
 
-    def copy(self, key: str, source: Source, source_key: str) -> None:
-        """Copy a tensor's bytes from another file."""
+    def copy(self, key: str, source: Source, source_key: str, look: Callable[[memoryview], None] | None = None) -> None:
+        """Copy a tensor's bytes from another file. look: called with each piece of them, whole elements each."""
         offset = self._offsets[key]
         for chunk in source.chunks(source_key):
+            if look:
+                look(chunk)
             self.write_at(offset, chunk)
             offset += len(chunk)
         self._missing.discard(key)
 
-    def reopen(self, target: Path) -> Source:
-        """Open the file as written so far, to verify it before it replaces the target."""
-        return open_written(Path(self._file.name), target)
+    def reopen(self) -> Source:
+        """Open the complete file, to verify it before it replaces the target. Nothing is written after that."""
+        self.check_complete()
+        self._tensors, self._offsets, self._missing = {}, {}, set()
+        return open_written(Path(self._file.name), self._target)
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        self._file.seek(offset)
-        self._unsynced += len(data)
-        while len(data):
-            data = data[self._file.write(data) :]
-        if self._unsynced >= SYNC_BYTES:
-            os.fsync(self._file.fileno())
-            self._unsynced = 0
+        with _as_checkpoint_error(self._target):
+            self._file.seek(offset)
+            self._unsynced += len(data)
+            while len(data):
+                data = data[self._file.write(data) :]
+            if self._unsynced >= SYNC_BYTES:
+                os.fsync(self._file.fileno())
+                self._unsynced = 0
 
     def check_complete(self) -> None:
         if self._missing:
@@ -105,8 +117,8 @@ class Writer:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises CheckpointError if no file may be written there."""
-    if target.suffix != ".safetensors":
-        raise file_error(target, "must end in .safetensors, because ComfyUI lists no other files")
+    if not is_safetensors(target.name):
+        raise file_error(target, "must end in .safetensors or .sft, because ComfyUI lists no other files")
     with _as_checkpoint_error(target):
         if not target.parent.is_dir():
             raise file_error(target, f"cannot be written: there is no folder {target.parent}")
@@ -129,6 +141,7 @@ def refuse_same_file(source: Source, target: Path) -> None:
 
 @contextmanager
 def _as_checkpoint_error(target: Path) -> Iterator[None]:
+    """For operations on the target alone: an OSError in this block is a fault of the target."""
     try:
         yield
     except FileExistsError as error:

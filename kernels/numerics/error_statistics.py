@@ -33,7 +33,7 @@ SAMPLES = 128
 """(original, dequantized) pairs per tensor, for scatter plots. A few kB each, which is acceptable for 10,000 layers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ErrorStatistics:
     """The errors of `count` quantized numbers. Plain data that JSON can hold; no tensors.
 

@@ -14,6 +14,7 @@ from ..errors import NonFiniteError, UnsupportedDtypeError
 from .backends import Backend, Task, choose_backend
 from .error_statistics import ErrorStatistics, evenly_spaced, merge
 from .formats import FORMATS
+from .nonfinite import count_nonfinite
 from .output_error import OutputError
 from .placement import Placement, Slices
 from .random_bits import BLOCK, stream_from, stream_key
@@ -99,7 +100,7 @@ def find_amax(slices: Iterable[torch.Tensor], backend: Backend, key: str) -> flo
     """
     magnitudes = [backend.tensor_to_amax(part) for part in slices]
     if not all(math.isfinite(magnitude) for magnitude in magnitudes):
-        counts = [_count_nonfinite(part) for part in slices]
+        counts = [count_nonfinite(part) for part in slices]
         raise NonFiniteError(key, sum(nan for nan, _ in counts), sum(inf for _, inf in counts))
     return max(magnitudes)
 
@@ -133,11 +134,6 @@ def _dtype_error(x: torch.Tensor, key: str) -> str:
     name = str(x.dtype).removeprefix("torch.")
     hint = "dequantize it first, with its scale" if name.startswith("float8") else "only floating-point tensors can be"
     return f"tensor '{key}' is {name} and cannot be quantized: {hint}"
-
-
-def _count_nonfinite(flat: torch.Tensor) -> tuple[int, int]:
-    values = flat.float()
-    return int(values.isnan().sum()), int(values.isinf().sum())
 
 
 @lru_cache(maxsize=64)

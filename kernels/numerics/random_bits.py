@@ -77,7 +77,7 @@ class Words:
     def __init__(self, stream: int, blocks: int, width: int):
         """For chunks of up to `blocks` blocks, `width` elements in each half of a block."""
         self.stream = stream
-        self.low, self.high = torch.empty((2, blocks, width), dtype=torch.int32)
+        self.low, self.high = torch.empty((2, blocks, width), dtype=torch.int32, device="cpu")
 
     def fill(self, first_block: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The words of some blocks, as fill_words: (low, high), int32 (blocks, width) each."""

@@ -59,4 +59,4 @@ def amax_to_scale(amax: float, float8: Float8Format, scaling: Scaling) -> torch.
         scale = max(np.float32(amax) / np.float32(scaling.target(float8)), np.float32(SMALLEST_SCALE))
         if np.float32(amax) / scale > float8.max:
             scale = np.nextafter(scale, np.float32(np.inf))
-    return torch.tensor(scale, dtype=torch.float32)
+    return torch.tensor(scale, dtype=torch.float32, device="cpu")

@@ -161,7 +161,7 @@ class DeviceToHost:
 
     def result(self) -> torch.Tensor:
         """The tensor on the host."""
-        return self.into(torch.empty(self._shape, dtype=self._flat.dtype))
+        return self.into(torch.empty(self._shape, dtype=self._flat.dtype, device="cpu"))
 
 
 def _send_pieces(source: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> None:
@@ -187,10 +187,10 @@ def _pinned(like: torch.Tensor) -> torch.Tensor:
     torch reuses pinned memory once it is freed and no copy needs it.
     """
     try:
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
     except RuntimeError as error:
         _warn_unpinned(str(error))
-        return torch.empty(like.shape, dtype=like.dtype)
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
 
 @cache

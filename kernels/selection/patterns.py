@@ -140,11 +140,23 @@ class _MatchingBits(dict[str, int]):
 
     def __init__(self, literals: dict[str, int], globs: dict[_Glob, int]):
         super().__init__()
-        self._literals, self._globs = literals, globs
+        self._literals = literals
+        self._always = 0
+        """The bits of the parts that match everything: stars alone."""
+        groups: dict[str, list[tuple[_Glob, int]]] = {"": []}
+        for glob, bits in globs.items():
+            if glob.shortest:
+                groups.setdefault(glob.start[:1], []).append((glob, bits))
+            else:
+                self._always |= bits
+        self._floating = groups.pop("")
+        """The globs that begin with a star."""
+        self._globs = {first: group + self._floating for first, group in groups.items()}
+        """First character of a part -> the globs that can match it; for other characters, the floating ones."""
 
     def __missing__(self, part: str) -> int:
-        bits = self._literals.get(part, 0)
-        for glob, its_bits in self._globs.items():
+        bits = self._literals.get(part, 0) | self._always
+        for glob, its_bits in self._globs.get(part[:1], self._floating):
             if glob.matches(part):
                 bits |= its_bits
         if len(part) <= LONGEST_CACHED:
@@ -163,6 +175,8 @@ class _Glob:
     def __init__(self, part: str):
         self.start, *between, self.end = part.split("*")
         self.between = [(literal, len(literal)) for literal in between if literal]
+        self.repeated = self.between[0][0] if len({*self.between}) == 1 else None
+        """The literal between the stars, where all of them are the same: counting it is enough."""
         self.characters = "".join(between) if all(length == 1 for _, length in self.between) else None
         self.shortest = len(part) - part.count("*")
 
@@ -170,14 +184,17 @@ class _Glob:
         if len(part) < self.shortest or not (part.startswith(self.start) and part.endswith(self.end)):
             return False
         at, stop = len(self.start), len(part) - len(self.end)
+        if self.repeated:
+            return part.count(self.repeated, at, stop) >= len(self.between)
         if self.characters is not None:  # `in` consumes an iterator up to the character: faster than many finds
             rest = iter(part[at:stop])
             return all(map(contains, repeat(rest), self.characters))  # type: ignore[arg-type]
-        find = part.find
-        for literal, length in self.between:
-            at = find(literal, at, stop) + length
-            if at < length:
-                return False
+        index = part[:stop].index
+        try:
+            for literal, length in self.between:
+                at = index(literal, at) + length
+        except ValueError:
+            return False
         return True
 
 
@@ -223,9 +240,12 @@ def _similar(pattern: str, names: Iterable[str]) -> list[str]:
 
 def _count_children(parent: tuple[str, ...], names: Iterable[str]) -> int:
     """One more than the largest number that follows the parts `parent` in a name; 0 without one."""
-    search = PatternSet([Pattern("", (*parent, "*"))])
-    numbers = [part for name in names for part in search.last_parts(name) if _is_number(part)]
-    return max(map(int, numbers), default=-1) + 1
+    if parent:
+        search = PatternSet([Pattern("", (*parent, "*"))])
+        children = {part for name in names for part in search.last_parts(name)}
+    else:
+        children = set().union(*map(split_name, names))
+    return max(map(int, filter(_is_number, children)), default=-1) + 1
 
 
 def _is_number(text: str) -> bool:

@@ -65,7 +65,7 @@ def measure_rounding(
     if draws < 1:
         raise ValueError(f"draws is {draws}; choose 1 or more")
     grid = np.unique([value for value in choose(FORMATS, format, "format").values if math.isfinite(value)])
-    v = torch.linspace(low, high, POINTS, dtype=torch.float64).float()
+    v = torch.linspace(low, high, POINTS, dtype=torch.float64, device="cpu").float()
     quantized = quantize_tensor(
         v.repeat(draws), format=format, rounding=rounding, scaling="none", seed=seed, key="rounding curve"
     )

@@ -1,7 +1,7 @@
 """`make bench`: speed, memory and quality, compared with other programs in the same run.
 
 python tests/benchmarks             # tensors on the CPU, and whole files of up to 1.5 GB
-python tests/benchmarks --cpu       # only these sections; also --files, --calibration
+python tests/benchmarks --cpu       # only these sections; also --files, --patterns, --calibration, --fit
 python tests/benchmarks --big       # files of 10 and 12 GB
 python tests/benchmarks --save      # also into RESULTS.md
 """
@@ -17,6 +17,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import conftest  # noqa: E402, F401  (loads the pack)
 import cpu_rows  # noqa: E402
 import file_rows  # noqa: E402
+import fit_rows  # noqa: E402
+import pattern_rows  # noqa: E402
 import quality_rows  # noqa: E402
 from measure import machine, table  # noqa: E402
 
@@ -24,7 +26,9 @@ RESULTS = HERE / "RESULTS.md"
 SECTIONS = {
     "cpu": ("Tensors on the CPU, start and figures", cpu_rows.rows),
     "files": ("Files", file_rows.rows),
+    "patterns": ("Patterns made to be slow", pattern_rows.rows),
     "calibration": ("Calibrated rounding", quality_rows.rows),
+    "fit": ("Fit my memory: layers measured", fit_rows.rows),
     "big": ("Big files", file_rows.big_rows),
 }
 
@@ -42,7 +46,7 @@ def main():
     )
     parser.add_argument("--save", action="store_true", help=f"write the sections into {RESULTS.name}")
     options = parser.parse_args()
-    chosen = [name for name in SECTIONS if getattr(options, name)] or ["cpu", "files", "calibration"]
+    chosen = [name for name in SECTIONS if getattr(options, name)] or ["cpu", "files", "patterns", "calibration"]
     conditions = machine()
     print(conditions)
     for name in chosen:

@@ -1,5 +1,6 @@
 """The same source and choices give the same bytes, whatever the environment of the process is."""
 
+import ast
 import hashlib
 import os
 import stat
@@ -14,6 +15,7 @@ from hostile.amounts import WHOLE
 from safetensors.torch import load_file, save_file
 from stochastic_fp8_pack.kernels.calibration.file import save_calibration
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
+from torch.utils._device import _device_constructors
 
 DRIVER = """
 import runpy, sys
@@ -88,7 +90,7 @@ VARIATIONS = {
         "launch": {"cwd": "/", "preexec_fn": lambda: os.umask(0o077)},
     },
 }
-SHORT = ("everything", "autocast", "default dtype bfloat16", "no standard error")
+SHORT = ("everything", "autocast", "default dtype bfloat16", "default device", "no standard error")
 
 
 class Bytes:
@@ -144,6 +146,19 @@ def test_the_bytes_do_not_depend_on(files, tmp_path, name):
     assert files.made(tmp_path / "out", **VARIATIONS[name]) == files.expected
     umask = {"umask 077": 0o077, "everything": 0o077, "umask 000": 0}.get(name)
     assert umask is None or files.modes == {0o666 & ~umask}
+
+
+def test_every_new_tensor_names_its_device():
+    """Without a device, it would be made on the default one, which another pack can set."""
+    makers = {maker.__name__ for maker in _device_constructors()}
+    missing = []
+    for path in [*(PACK_ROOT / "kernels").rglob("*.py"), *(PACK_ROOT / "nodes").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("torch."):
+                continue
+            if node.func.attr in makers and "device" not in {keyword.arg for keyword in node.keywords}:
+                missing.append(f"{path.relative_to(PACK_ROOT)}:{node.lineno}")
+    assert missing == []
 
 
 def test_a_folder_with_an_odd_name(files, tmp_path):

@@ -21,7 +21,7 @@ from stochastic_fp8_pack.kernels.calibration.file import save_calibration
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.command import main as command
 from stochastic_fp8_pack.kernels.command.plots import file_name, thin_samples
-from tiny_models import LANDSCAPES
+from tiny_models import LANDSCAPES, write_set
 
 QKV = "joint_blocks.0.x_block.attn.qkv.weight"
 QUANTIZED = 8  # layers of the made-up SD3: two blocks of four
@@ -725,4 +725,37 @@ def test_calibrated_without_a_file_says_what_is_missing(run, source, target):
     code, _, error = run(source, target, "--calibrated")
     assert code == 2
     assert "--calibration FILE" in error
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["IN.SAFETENSORS", "in.sft", "in.SFT"])
+def test_other_endings_of_safetensors_files(run, source, target, name):
+    source.rename(source.with_name(name))
+    assert run(source.with_name(name), target)[0] == 0
+    assert len(recipe_of(target)["quantized"]) == QUANTIZED
+    assert run("inspect", source.with_name(name))[0] == 0
+    assert run("compare", source.with_name(name))[0] == 0
+
+
+def test_every_command_takes_a_set(run, source, target, tmp_path):
+    tensors = load_file(source)
+    names = sorted(tensors)
+    index = write_set(tmp_path / "set.safetensors", [names[::2], names[1::2]], tensors)
+    assert run(index, target)[0] == run(source, tmp_path / "whole.safetensors")[0] == 0
+    one, whole = load_file(target), load_file(tmp_path / "whole.safetensors")
+    assert one.keys() == whole.keys()
+    assert all(torch.equal(one[key].float(), whole[key].float()) for key in one)
+    assert run(index, tmp_path / "planned.safetensors", "--dry-run")[0] == 0
+    assert run("inspect", index)[0] == 0
+    assert run("compare", index)[0] == 0
+
+
+def test_the_diffusers_layout_is_refused(run, target, tmp_path):
+    """The command has no key map."""
+    names = ("x_embedder.weight", "single_transformer_blocks.0.attn.to_q.weight")
+    save_file({name: torch.ones(16, 16) for name in names}, tmp_path / "flux.safetensors")
+    code, _, errors = run(tmp_path / "flux.safetensors", target)
+    assert code == 1
+    assert errors.count("\n") == 1
+    assert "in the diffusers layout, for which ComfyUI drops the scales; quantize the ComfyUI version" in errors
     assert not target.exists()

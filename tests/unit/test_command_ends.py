@@ -49,6 +49,43 @@ def test_ctrl_c_before_the_file_appears_changes_nothing(source, target, exists, 
     assert last_line(capsys) == UNCHANGED
 
 
+STARTING = """
+import builtins, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+load = builtins.__import__
+def load_and_press(name, *arguments):
+    if name == {module!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(name, *arguments)
+builtins.__import__ = load_and_press
+sys.path.insert(0, {root!r})
+sys.argv = ["-m", *{arguments!r}]
+runpy.run_module("kernels", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("module", ["torch", "numpy", "argparse"])
+def test_ctrl_c_while_the_command_starts_is_one_line(source, target, tmp_path, module):
+    """Whatever is being imported. Before Python hands over to this package, the traceback is its own."""
+    target.write_bytes(b"mine")
+    code = STARTING.format(module=module, root=str(PACK_ROOT), arguments=[str(source), str(target), "--overwrite"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", UNCHANGED + "\n")
+    assert target.read_bytes() == b"mine"
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, target.name}
+
+
+def test_importing_the_library_leaves_ctrl_c_alone():
+    code = (
+        f"import signal, sys; sys.path.insert(0, {str(PACK_ROOT)!r}); before = signal.getsignal(signal.SIGINT)\n"
+        "import builtins; seen = set(); load = builtins.__import__\n"
+        "def look(name, *rest): seen.add(signal.getsignal(signal.SIGINT)); return load(name, *rest)\n"
+        "builtins.__import__ = look; import kernels, kernels.__main__; assert seen == {before}, seen"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_ctrl_c_after_the_file_appeared_says_so(source, target, exists, capsys, monkeypatch):
     if exists:

@@ -14,7 +14,7 @@ from stochastic_fp8_pack.kernels.errors import CheckpointError
 from stochastic_fp8_pack.kernels.figures.histogram import error_histogram
 from stochastic_fp8_pack.kernels.files.bounded_json import MAX_JSON, TooLargeError, count_values, parse_json
 from stochastic_fp8_pack.kernels.files.header import MAX_HEADER, MAX_NAME, TensorInfo, parse_header
-from stochastic_fp8_pack.kernels.files.reader import open_source
+from stochastic_fp8_pack.kernels.files.reader import open_source, shard, source_files
 from stochastic_fp8_pack.kernels.files.writer import writing
 from stochastic_fp8_pack.kernels.state_dict.markings import read_markings
 
@@ -191,7 +191,7 @@ U8 = entry("U8", [1], 0, 1)
         ({"w": entry("U8", [1], 5, 6)}, b"x", "there is a gap of 5 bytes before tensor 'w'"),
         ({"w": entry("U8", [9], 0, 9)}, b"x", "truncated: 8 of [0-9,]+ bytes are missing"),
         ({"w": U8}, b"xy", "1 bytes after the last tensor"),
-        ({"w": {**U8, "dtype": "U8" + "x" * 5000}}, b"x", "invalid header"),
+        ({"w": {**U8, "dtype": "U8" + "x" * 5000}}, b"x", "the entry at character 6 has more than 4,096 characters"),
     ],
 )
 def test_an_invalid_header_is_refused_in_one_line_that_names_the_file(tmp_path, header, data, message):
@@ -339,6 +339,16 @@ def test_a_missing_file_a_folder_a_pipe_and_another_suffix_are_refused(tmp_path)
             open_source(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.SafeTensors", "a.sft", "a.SFT"])
+def test_endings_that_comfyui_reads_as_safetensors(tmp_path, name):
+    (tmp_path / name).write_bytes(save(weights("a")))
+    with open_source(tmp_path / name) as source:
+        assert same_bits(source.read("a"), weights("a")["a"])
+    write_tensors(tmp_path / name, weights("b"), overwrite=True)
+    with open_source(tmp_path / name) as source:
+        assert list(source.tensors) == ["b"]
+
+
 @pytest.mark.posix
 def test_a_file_without_permission_is_refused(tmp_path, as_nobody):
     save_file(weights("a"), tmp_path / "a.safetensors")
@@ -374,6 +384,40 @@ def test_the_files_of_an_index_are_one_source(tmp_path):
         assert same_bits(source.read("c"), weights("c", seed=1)["c"])
 
 
+def test_an_index_in_upper_case(tmp_path):
+    path = write_shards(tmp_path, one=weights("a"), two=weights("b"))
+    path = path.rename(tmp_path / "M.SAFETENSORS.INDEX.JSON")
+    with open_source(path) as source:
+        assert sorted(source.tensors) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("m-00001-of-00003.safetensors", (1, 3, "m.safetensors.index.json")),
+        ("sub/m-00002-OF-00003.SAFETENSORS", (2, 3, "sub/m.safetensors.index.json")),
+        ("m.fp16-00003-of-00003.sft", (3, 3, "m.safetensors.index.fp16.json")),
+        ("m-00003-of-00003.fp16.sft", (3, 3, "m.safetensors.index.fp16.json")),
+        ("m_1_of_2.safetensors", None),
+        ("m-00001-of-00002.json", None),
+        ("-00001-of-00002.safetensors", None),
+    ],
+)
+def test_the_name_of_a_file_of_a_set(name, expected):
+    part = shard(name)
+    assert part is None if expected is None else (part.number, part.of) == expected[:2] and expected[2] in part.indices
+
+
+def test_a_set_of_a_variant_with_other_endings(tmp_path):
+    (tmp_path / "one.sft").write_bytes(save(weights("a")))
+    (tmp_path / "two.SAFETENSORS").write_bytes(save(weights("b")))
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.sft", "b": "two.SAFETENSORS"}}))
+    with open_source(index) as source:
+        assert same_bits(source.read("b"), weights("b")["b"])
+    assert source_files(index) == [tmp_path / "one.sft", tmp_path / "two.SAFETENSORS"]
+
+
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
@@ -388,6 +432,8 @@ def test_the_files_of_an_index_are_one_source(tmp_path):
         ({"a": "..\\one.safetensors"}, "is not a .safetensors file in the same folder"),
         ({"a": "one.bin"}, "is not a .safetensors file in the same folder"),
         ({"a": 1}, "is not a .safetensors file in the same folder"),
+        ({"a": "one\0.safetensors"}, r"names 'one\\x00.safetensors', which is not a .safetensors file"),
+        ({"a": "one\ud800.safetensors"}, r"names 'one\\ud800.safetensors', which is not a .safetensors file"),
     ],
 )
 def test_an_invalid_index_is_refused(tmp_path, weight_map, message):

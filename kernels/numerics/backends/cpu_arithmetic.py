@@ -21,9 +21,9 @@ class Arithmetic:
         self.saturates = bool(np.float32(task.amax) / np.float32(task.scale.item()) > task.float8.max)
         self.words = Words(task.stream, blocks, min(LANE, count))
         size = 2 * blocks * min(LANE, count)
-        self.scaled = torch.empty(size, dtype=torch.float32)
-        self.position, self.other = torch.empty((2, size), dtype=torch.int32)
-        self.measured = torch.empty(size, dtype=torch.int32) if statistics else None
+        self.scaled = torch.empty(size, dtype=torch.float32, device="cpu")
+        self.position, self.other = torch.empty((2, size), dtype=torch.int32, device="cpu")
+        self.measured = torch.empty(size, dtype=torch.int32, device="cpu") if statistics else None
         self.scratch = Scratch(size, torch.float32) if statistics else None
         self.parts: list[ErrorStatistics] = []
 

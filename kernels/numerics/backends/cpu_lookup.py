@@ -24,7 +24,7 @@ class Table:
 
     def __init__(self, dtype: torch.dtype, task: Task):
         self.task = task
-        self.values = torch.arange(VALUES, dtype=torch.int32).to(torch.int16).view(dtype)
+        self.values = torch.arange(VALUES, dtype=torch.int32, device="cpu").to(torch.int16).view(dtype)
         self.scaled = self.values.float() / task.scale
         if task.rounding.stochastic:
             positions = code_positions(self.scaled, task.float8, FRACTION_BITS)
@@ -48,8 +48,8 @@ class Lookup:
 
     def __init__(self, table: Table, blocks: int, statistics: bool):
         self.table, self.words = table, Words(table.task.stream, blocks, LANE)
-        self.index, self.entries, self.sums = torch.empty((3, blocks * BLOCK), dtype=torch.int32)
-        self.counts = torch.zeros(2 * VALUES, dtype=torch.int64) if statistics else None
+        self.index, self.entries, self.sums = torch.empty((3, blocks * BLOCK), dtype=torch.int32, device="cpu")
+        self.counts = torch.zeros(2 * VALUES, dtype=torch.int64, device="cpu") if statistics else None
 
     def quantize(self, source: torch.Tensor, target: torch.Tensor, first_block: int) -> None:
         """Write the codes of one chunk, which starts at `first_block`, to `target`."""
@@ -75,7 +75,7 @@ class Lookup:
 
     @staticmethod
     def statistics(workers: list[Lookup]) -> ErrorStatistics:
-        counts = torch.zeros(2 * VALUES, dtype=torch.int64)
+        counts = torch.zeros(2 * VALUES, dtype=torch.int64, device="cpu")
         for worker in workers:
             if worker.counts is not None:
                 counts += worker.counts
