@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -14,12 +14,13 @@ from ..files.header import TensorInfo
 from ..files.reader import Source
 from ..files.staging import alternating_buffers
 from ..numerics.formats import FORMATS
+from ..numerics.nonfinite import FLOATS, count_nonfinite
 from ..numerics.transfers import Send, to_device
 from ..recipe import Recipe
-from ..selection.presets import Component, Components, diffusers_model, foreign_kind, other_quantizer
-from ..selection.selection import is_linear
+from ..selection.components import Component, Components
+from ..selection.foreign import diffusers_model, foreign_kind, other_quantizer
 from ..state_dict.layouts import HEADER_ENTRY, SOURCE_ONLY_SCALE
-from ..state_dict.markings import parameters, read_markings, read_scale, read_scales, scaled_layers
+from ..state_dict.markings import parameters, read_markings, read_scale, read_scales, scaled_layers, unknown_scales
 from ..state_dict.scaled_state_dict import Entry, FileEntry, ScaledWeight, TensorEntry
 from ..state_dict.source_scales import check_shapes, dequantize_blocks
 from .notes import finely_scaled_note
@@ -41,16 +42,18 @@ class FileWeights:
         """component, kind: the network, and what it is; None for the whole file. requantize: allow weights that are
         scaled FP8 in the recipe's format already."""
         self._source, self._requantize = source, requantize
-        self._by_layer: dict[str, list[str]] | None = None
+        self._nonfinite: dict[str, tuple[int, int]] = {}
         self._markings = read_markings(source)
         self.name, self.kind = source.name, kind
         self.metadata = {name: text for name, text in source.metadata.items() if name != HEADER_ENTRY}
         stored = parameters(source.tensors, self._markings)
         self._components = Components(stored)
         prefix = component.prefix if component else ""
+        self._layers = scaled_layers(source.tensors, self._markings, self._components.prefix_of)
+        prefixes = [*(layer.prefix for layer in self._layers.values()), *(each.prefix for each in self._components.all)]
+        stored |= {name: source.tensors[name] for name in self._markings.foreign_markers(prefixes)}
         mine = [name for name in stored if component is None or self._components.of(name) == component]
         self._names = {name.removeprefix(prefix): name for name in mine}
-        self._layers = scaled_layers(source.tensors, self._markings, self._components.prefix_of)
         self.tensors = {name: self._info(stored_name) for name, stored_name in self._names.items()}
 
     @property
@@ -60,7 +63,11 @@ class FileWeights:
     @property
     def notes(self) -> list[str]:
         blocks = sum(stored in self._layers and not self._has_one_scale(stored) for stored in self._names.values())
-        return [finely_scaled_note(blocks)] if blocks else []
+        return [*self._source.notes, *([finely_scaled_note(blocks)] if blocks else [])]
+
+    @property
+    def nonfinite(self) -> dict[str, tuple[int, int]]:
+        return {name: self._nonfinite[stored] for name, stored in self._names.items() if stored in self._nonfinite}
 
     def check(self, names: Collection[str], recipe: Recipe) -> None:
         """Raises CheckpointError for a file that cannot be quantized as asked."""
@@ -96,8 +103,8 @@ class FileWeights:
     def entry(self, name: str) -> Entry:
         stored = self._names[name]
         if stored in self._layers and not self._has_one_scale(stored):
-            return TensorEntry(self.tensors[name], lambda: self._dequantized(stored).to(torch.bfloat16))
-        return FileEntry(self._source, stored)
+            return TensorEntry(self.tensors[name], lambda: self._in_high_precision(stored))
+        return FileEntry(self._source, stored, self._look)
 
     def input_scale(self, name: str) -> torch.Tensor | None:
         stored = self._markings.input_scales.get(self._names[name].removesuffix(".weight"))
@@ -141,6 +148,25 @@ class FileWeights:
         except ValueError as error:
             raise self._scale_error(stored, error) from error
 
+    def _in_high_precision(self, stored: str) -> torch.Tensor:
+        """A kept weight with a scale per row or block."""
+        x = self._dequantized(stored).to(torch.bfloat16)
+        self._count(stored, x)
+        return x
+
+    def _look(self, stored: str, piece: memoryview) -> None:
+        """Look for NaN in a tensor while it is copied: a second pass would read the whole file again."""
+        dtype = self._source.tensors[stored].dtype
+        if dtype in FLOATS:
+            self._count(stored, torch.frombuffer(piece, dtype=getattr(torch, dtype)))
+
+    def _count(self, stored: str, x: torch.Tensor) -> None:
+        """Add the NaN and infinite values of a tensor, or of a piece of it."""
+        nan, inf = count_nonfinite(x)
+        if nan or inf:
+            before = self._nonfinite.get(stored, (0, 0))
+            self._nonfinite[stored] = before[0] + nan, before[1] + inf
+
     def _scaled(self, name: str) -> ScaledWeight:
         stored = self._names[name]
         info = self._source.tensors[stored]
@@ -148,7 +174,7 @@ class FileWeights:
         return ScaledWeight(
             self._layers[stored],
             info.shape,
-            FileEntry(self._source, stored),
+            FileEntry(self._source, stored, self._look),
             scale,
             self.input_scale(name),
             info.nbytes,
@@ -195,12 +221,13 @@ class FileWeights:
             except ValueError as error:
                 raise self._scale_error(stored, error) from error
             return
-        if self._markings.declares(layer, self._components.prefix_of(stored)) and is_linear(stored, info):
+        prefix = self._markings.prefix_of(stored, self._components.prefix_of(stored))
+        if self._markings.declares(layer, prefix) and self._components.is_linear(stored, info):
             raise self.error(f"layer {layer!r} is marked as scaled FP8 but has no scale; start from the 16-bit file")
-        unknown = [other for other in self._siblings(layer) if "scale" in other.rpartition(".")[2]]
+        unknown = self._unknown_scales.get(stored)
         if unknown:
             raise self.error(
-                f"weight {stored!r} is FP8, and {unknown[0]!r} beside it looks like a scale of an unknown kind; start "
+                f"weight {stored!r} is FP8, and {unknown!r} beside it looks like a scale of an unknown kind; start "
                 "from the 16-bit file"
             )
 
@@ -214,13 +241,9 @@ class FileWeights:
         patterns = " ".join(sorted(prefix.removesuffix(".").removesuffix(".transformer") for prefix in prefixes))
         return f"keep them as they are (--keep {patterns}), "
 
-    def _siblings(self, layer: str) -> list[str]:
-        """Other tensors of a layer."""
-        if self._by_layer is None:
-            self._by_layer = {}
-            for name in self._source.tensors:
-                self._by_layer.setdefault(name.rpartition(".")[0], []).append(name)
-        return self._by_layer.get(layer, [])
+    @cached_property
+    def _unknown_scales(self) -> dict[str, str]:
+        return unknown_scales(self._source.tensors, self._markings)
 
     def _read(self, read: Callable[[Source, str], torch.Tensor], stored: str) -> torch.Tensor:
         try:

@@ -56,6 +56,10 @@ class Weights(Protocol):
     def notes(self) -> Sequence[str]:
         """What else the user should know about this source."""
 
+    @property
+    def nonfinite(self) -> Mapping[str, tuple[int, int]]:
+        """Tensors that were copied, and hold NaN or infinite values -> how many of each. Empty where nobody looked."""
+
     def check(self, names: Collection[str], recipe: Recipe) -> None:
         """Raises where these weights cannot be quantized from this source."""
 

@@ -14,7 +14,7 @@ from ..selection.reasons import Reason
 REPORT_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerReport:
     """One quantized weight."""
 
@@ -50,7 +50,7 @@ def with_statistics(layers: Iterable[LayerReport]) -> list[Measured]:
     return [(layer, layer.error) for layer in layers if layer.error is not None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KeptTensor:
     """One tensor that was not quantized, and why."""
 

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..numerics.formats import FORMATS
-from ..selection.presets import DIFFUSION, TEXT_ENCODER, Components
+from ..selection.components import Components
+from ..selection.presets import DIFFUSION, TEXT_ENCODER
 
 EXACT, DEGRADED, CANNOT_TELL, WRONG = "exact", "degraded", "cannot tell", "wrong image"
 FAILS_LATER, FAILS, NOT_RECOGNISED = "fails in the sampler", "fails to load", "not recognised"
@@ -27,6 +28,73 @@ UNKNOWN = "unknown"
 """The family, where the keys match none that the pack knows."""
 UNDETECTED, RENAMED = "undetected prefix", "renamed layers"
 """Components.undetected_prefix and Components.renamed."""
+NEWER, MISTAKEN, HEADER_ENCODER = "newer model", "mistaken model", "encoder read by its header"
+"""Models of NEWER_MODELS, MISTAKEN_MODELS and HEADER_ENCODERS."""
+ALL_RENAMED = "all layers renamed"
+"""Models of ALL_RENAMED_MODELS."""
+NO_BIASES = "no biases"
+"""Not Components.main_has_biases."""
+
+_NORM = "model.layers.0.post_attention_layernorm.weight"
+_ALL: tuple[dict[str, int | None], ...] = ({},)
+
+NEWER_MODELS: dict[str, tuple[dict[str, int | None], ...]] = {
+    **dict.fromkeys(
+        (
+            "ace_step_15",
+            "cogvideox",
+            "ernie_image",
+            "hidream_o1",
+            "ideogram4",
+            "joyimage",
+            "kandinsky5",
+            "krea2",
+            "lens",
+            "minimax_h3",
+            "minimax_music3",
+            "pixeldit",
+            "seedvr2",
+            "triposplat",
+        ),
+        _ALL,
+    ),
+    "chroma": ({"distilled_guidance_layer.norms.0.weight": None}, {"distilled_guidance_layer.0.norms.0.weight": None}),
+    "flux": ({"double_blocks.0.img_attn.norm.key_norm.weight": None},),
+    "wan": ({"patch_embedding_pose.weight": None},),
+    "llm": (
+        {"model.language_model.layers.0.input_layernorm.weight": None},
+        *({"model.layers.0.self_attn.q_norm.weight": None, _NORM: width} for width in (1024, 2048, 4096, 5120)),
+        {"model.layers.47.self_attn.q_norm.weight": None},
+        {_NORM: 3072},
+    ),
+}
+"""Family -> keys by which ComfyUI 0.3.75 does not recognise a model, as alternatives; no keys: any model."""
+
+MISTAKEN_MODELS: dict[str, tuple[dict[str, int | None], ...]] = {
+    "anima": ({"llm_adapter.blocks.0.cross_attn.q_proj.weight": None},),
+    "ltxv": ({"audio_adaln_single.linear.weight": None},),
+    "lumina2": ({"dec_net.cond_embed.weight": None},),
+    "omnigen2": ({"double_stream_layers.0.img_instruct_attn.processor.img_to_q.weight": None},),
+    "qwen_image": ({"txt_norm.weight": 2560},),
+    "wan": ({"music_projection.weight": None},),
+}
+"""Family -> keys of models that ComfyUI 0.3.75 takes for others of the family."""
+
+HEADER_ENCODERS: dict[str, tuple[dict[str, int | None], ...]] = {
+    "llm": (
+        {"model.layers.35.self_attn.q_norm.weight": None},
+        {"model.layers.39.post_attention_layernorm.weight": None},
+        {_NORM: 5120},
+    ),
+}
+"""Family -> keys of text encoders whose header entries ComfyUI 0.3.75 reads: those of Z-Image and Flux.2."""
+
+
+ALL_RENAMED_MODELS: dict[str, tuple[dict[str, int | None], ...]] = {
+    "hunyuan_video": ({"double_blocks.0.img_attn_qkv.weight": None, "vision_in.proj.0.weight": None},),
+}
+"""Family -> keys of models under names that ComfyUI 0.3.75 renames in every layer, so that it reads no header entry:
+HunyuanVideo 1.5 of Tencent."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +119,7 @@ class Verdict:
 @dataclass(frozen=True)
 class Rule:
     """Applies to a file with all of these traits: ways, formats, family and kind of network, ALL_IN_ONE, UNDETECTED,
-    RENAMED."""
+    RENAMED, ALL_RENAMED, NEWER, MISTAKEN, HEADER_ENCODER, NO_BIASES."""
 
     traits: frozenset[str]
     outcome: str
@@ -68,27 +136,39 @@ _NOT_DETECTED = _rule(
     [UNDETECTED], NOT_RECOGNISED, "the names carry a prefix under which ComfyUI detects no model: rename the tensors"
 )
 _FAMILY_UNKNOWN = "the pack does not know the model family, nor what ComfyUI makes of its names"
+_ENTRIES_NOT_RENAMED = (
+    "HunyuanVideo under Tencent's names: the loader renames the weights, but not the header entries; layout "
+    "legacy is read"
+)
 
 VERSIONS: dict[str, tuple[Rule, ...]] = {
     OLD: (
         _NOT_DETECTED,
+        _rule([NEWER], NOT_RECOGNISED, "this version does not know the model"),
+        _rule([MISTAKEN], WRONG, "this version takes the model for another one of its family"),
         _rule([LEGACY, UNKNOWN], CANNOT_TELL, _FAMILY_UNKNOWN),
-        _rule([LEGACY], DEGRADED, "every unquantized Linear weight and every bias is cast to FP8 without a scale"),
-        _rule([HEADER, T5XXL], WRONG, "T5 is read in the legacy layout only"),
-        _rule([HEADER, E5M2], FAILS, "float8_e5m2 entries are unknown (KeyError)"),
-        _rule([HEADER, ALL_IN_ONE], WRONG, "all-in-one checkpoints are read in the legacy layout only (noise)"),
-        _rule([HEADER, UNKNOWN], CANNOT_TELL, _FAMILY_UNKNOWN),
         _rule(
-            [HEADER, RENAMED],
-            WRONG,
-            "HunyuanVideo under Tencent's names: the loader renames the weights, but not the header entries; layout "
-            "legacy is read",
+            [LEGACY, "hunyuan3d_21"],
+            FAILS_LATER,
+            "every Linear weight is cast to FP8, and Hunyuan3D 2.1 computes in the dtype of some",
         ),
         _rule(
+            [LEGACY, TEXT_ENCODER, NO_BIASES],
+            EXACT,
+            "if every Linear weight of the encoder is quantized: others are cast to FP8 without a scale",
+        ),
+        _rule([LEGACY], DEGRADED, "every unquantized Linear weight and every bias is cast to FP8 without a scale"),
+        _rule([HEADER, T5XXL], WRONG, "T5 is read in the legacy layout only"),
+        _rule([HEADER, ALL_IN_ONE], WRONG, "all-in-one checkpoints are read in the legacy layout only (noise)"),
+        _rule([HEADER, E5M2, ALL_RENAMED], WRONG, _ENTRIES_NOT_RENAMED),
+        _rule([HEADER, E5M2], FAILS, "float8_e5m2 entries are unknown (KeyError)"),
+        _rule([HEADER, UNKNOWN], CANNOT_TELL, _FAMILY_UNKNOWN),
+        _rule([HEADER, RENAMED], WRONG, _ENTRIES_NOT_RENAMED),
+        _rule([HEADER, HEADER_ENCODER], EXACT),
+        _rule(
             [HEADER, TEXT_ENCODER],
-            DEGRADED,
-            "text encoders of Flux.2 and Z-Image are read; those of Qwen-Image, Lumina 2, OmniGen2, HunyuanVideo and "
-            "HiDream need the legacy layout",
+            FAILS,
+            "of language models, only the text encoders of Z-Image and Flux.2 are read in layout native (TypeError)",
         ),
         _rule(
             [HEADER],
@@ -124,7 +204,8 @@ def verdicts(
     """The Verdict of each version.
 
     ways: those of LEGACY, HEADER and INLINE that cover every scaled layer. formats: those of the layers. family, kind:
-    of the main network. all_in_one: whether its layers carry a prefix. names: which of UNDETECTED and RENAMED apply.
+    of the main network. all_in_one: whether its layers carry a prefix. names: which of UNDETECTED, RENAMED,
+    ALL_RENAMED, NEWER, MISTAKEN, HEADER_ENCODER and NO_BIASES apply.
     """
     traits = {*ways, *formats, family, kind, *names}
     if {HEADER, INLINE} & traits:
@@ -151,7 +232,19 @@ def file_verdicts(ways: Collection[str], formats: Collection[str], components: C
     """verdicts() for a file that holds these networks."""
     main = components.main
     names = [UNDETECTED] * bool(components.undetected_prefix) + [RENAMED] * bool(components.renamed)
+    for trait, models in _MODELS.items():
+        if any(components.main_holds(keys) for keys in models.get(main.family, ())):
+            names.append(trait)
+    names += [NO_BIASES] * (not components.main_has_biases)
     return verdicts(ways, formats, main.family, main.preset.kind, components.all_in_one, names)
+
+
+_MODELS = {
+    NEWER: NEWER_MODELS,
+    MISTAKEN: MISTAKEN_MODELS,
+    HEADER_ENCODER: HEADER_ENCODERS,
+    ALL_RENAMED: ALL_RENAMED_MODELS,
+}
 
 
 def worst(verdict: Verdict, others: Iterable[Verdict]) -> Verdict:
@@ -171,14 +264,17 @@ def verdict_of(version: str, every: Iterable[Verdict]) -> Verdict:
     return next(verdict for verdict in every if verdict.generation == column)
 
 
-def check_usable(version: str, layout: str, formats: Collection[str], components: Components) -> Verdict:
+def check_usable(
+    version: str, layout: str, formats: Collection[str], components: Components, *, kept: Collection[str] = ()
+) -> Verdict:
     """The Verdict of a running ComfyUI on a file that the pack would write.
 
+    formats: those of the layers that another choice of format changes. kept: those of layers that it does not change.
     Raises ValueError where it would show a wrong image or not load: one line with what happens and the way out.
     """
 
     def verdict(layout: str, formats: Collection[str]) -> Verdict:
-        return verdict_of(version, layout_verdicts(layout, formats, components))
+        return verdict_of(version, layout_verdicts(layout, {*formats, *kept}, components))
 
     found = verdict(layout, formats)
     if found.usable:
@@ -210,8 +306,10 @@ _NETWORKS: dict[str, tuple[str, str, bool, tuple[str, ...]]] = {
     "diffusion model": ("sd3", DIFFUSION, False, ()),
     "HunyuanVideo under Tencent's names": ("hunyuan_video", DIFFUSION, False, (RENAMED,)),
     "all-in-one checkpoint": ("sd3", DIFFUSION, True, ()),
-    "T5-XXL": (T5XXL, TEXT_ENCODER, False, ()),
-    "LLM text encoder": (LLM, TEXT_ENCODER, False, ()),
+    "T5-XXL": (T5XXL, TEXT_ENCODER, False, (NO_BIASES,)),
+    "text encoder of Z-Image or Flux.2": (LLM, TEXT_ENCODER, False, (HEADER_ENCODER, NO_BIASES)),
+    "other LLM text encoder": (LLM, TEXT_ENCODER, False, ()),
+    "other LLM text encoder without biases": (LLM, TEXT_ENCODER, False, (NO_BIASES,)),
     "unknown family": (UNKNOWN, DIFFUSION, False, ()),
 }
 

@@ -14,20 +14,15 @@ from typing import Any
 import torch
 
 from .. import display
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LimitError
 from ..files.header import TensorInfo
-from ..files.reader import Source, open_source
+from ..files.reader import Source, is_index, is_safetensors, open_source
 from ..numerics.formats import FORMATS
 from ..numerics.scaling import SMALLEST_SCALE
-from ..selection.presets import (
-    NEVER_QUANTIZED,
-    PRESETS,
-    Components,
-    diffusers_model,
-    foreign_kind,
-    other_quantizer,
-)
-from ..selection.selection import QUANTIZABLE_DTYPES, SIDE_MULTIPLE, is_linear
+from ..selection.components import Components
+from ..selection.foreign import diffusers_model, foreign_kind, other_quantizer
+from ..selection.presets import NEVER_QUANTIZED, PRESETS
+from ..selection.selection import QUANTIZABLE_DTYPES, SIDE_MULTIPLE
 from .compatibility import (
     CANNOT_TELL,
     DEGRADED,
@@ -42,8 +37,8 @@ from .compatibility import (
     file_verdicts,
     worst,
 )
-from .layouts import HEADER_ENTRY, SOURCE_ONLY_SCALE, ScaledLayer
-from .markings import Markings, read_markings, scaled_layers
+from .layouts import HEADER_ENTRY, LEGACY_MARKER, SOURCE_ONLY_SCALE, ScaledLayer
+from .markings import TOO_LARGE, Markings, read_markings, scaled_layers, unknown_scales
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 MXFP8 = "mxfp8"
@@ -126,17 +121,22 @@ class Inspection:
 def inspect_file(path: str | os.PathLike[str], deep: bool = False) -> Inspection:
     """Look for every known problem of scaled FP8 files. Reads header, entries and scales; with `deep`, all weights.
 
-    A file that is damaged, or is not a safetensors file, has the finding `unreadable`. Raises CheckpointError if there
-    is no such file, or its name does not end in .safetensors or .safetensors.index.json.
+    A file that is damaged, or is not a safetensors file, has the finding `unreadable`; one beyond the limits of this
+    library has `beyond_limits`. Raises CheckpointError if there is no such file, or its name does not end in
+    .safetensors, .sft or .safetensors.index.json.
     """
     path = Path(path)
-    if not path.is_file() or not path.name.endswith((".safetensors", ".safetensors.index.json")):
+    if not path.is_file() or not (is_safetensors(path.name) or is_index(path.name)):
         open_source(path).close()  # raises
     try:
         with open_source(path) as source:
             return inspect_source(source, deep, path.name)
+    except LimitError as error:
+        parts = _parts(path.name, str(error))
+        return _not_read(path.name, Finding(ERROR, "beyond_limits", "", *parts, outcomes=_both(CANNOT_TELL)))
     except CheckpointError as error:
-        return _unreadable(path.name, str(error))
+        parts = _parts(path.name, str(error))
+        return _not_read(path.name, Finding(ERROR, "unreadable", "", *parts, outcomes=_both(FAILS)))
 
 
 def inspect_source(source: Source, deep: bool = False, file_name: str = "") -> Inspection:
@@ -157,12 +157,16 @@ def inspect_source(source: Source, deep: bool = False, file_name: str = "") -> I
     )
 
 
-def _unreadable(name: str, message: str) -> Inspection:
-    """The inspection of a file that cannot be opened, from the one line of the error."""
+def _parts(name: str, message: str) -> tuple[str, str]:
+    """What is wrong, and the way out, from the one line of an error about a file."""
     text = message.removeprefix(f"{display.printable(name)}: ")
     parts = re.fullmatch(r"(.*)[;:] ((?:convert|download|give|start|try) .*)", text)
     what, way_out = parts.groups() if parts else (text, "download the file again")
-    finding = Finding(ERROR, "unreadable", "", what, way_out[:1].upper() + way_out[1:], outcomes=_both(FAILS))
+    return what, way_out[:1].upper() + way_out[1:]
+
+
+def _not_read(name: str, finding: Finding) -> Inspection:
+    """The inspection of a file of which nothing else is known."""
     return Inspection(name, "unknown", 0, (), (), (finding,), _verdicts((), (finding,)))
 
 
@@ -196,12 +200,8 @@ class _Inspector:
             name: layer for name, layer in layers.items() if layer.name not in self.other
         }
         self.names = {layer.name for layer in self.layers.values()}
-        self.unknown = {
-            name.rpartition(".")[0]: name
-            for name in self.tensors
-            if "scale" in name.rpartition(".")[2] and name not in self.markings.tensors
-        }
-        """Layer -> a tensor beside it that looks like a scale of an unknown kind."""
+        self.unknown = unknown_scales(self.tensors, self.markings)
+        """FP8 weight -> a tensor beside it that looks like a scale of an unknown kind."""
         self.fp8 = {
             name: info
             for name, info in parameters.items()
@@ -237,7 +237,10 @@ class _Inspector:
 
     def file(self) -> Iterator[Finding]:
         for where, text in self.markings.faults.items():
-            what, failing = f"{text}, so ComfyUI fails to load the file", _both(FAILS)
+            if text == TOO_LARGE:
+                what, failing = f"{text}, and was not read", _both(CANNOT_TELL)
+            else:
+                what, failing = f"{text}, so ComfyUI fails to load the file", _both(FAILS)
             if where != HEADER_ENTRY:
                 failing.pop(OLD)
             yield Finding(ERROR, "unreadable_entry", where, what, _REPAIR, True, outcomes=failing)
@@ -352,6 +355,8 @@ class _Inspector:
                 yield Finding(ERROR if severe else WARNING, "scale_shape", name, what, _REPAIR, True, outcomes=old)
             yield from self.scale_value(name)
         for name, names in self.markings.doubled.items():
+            if name not in self.names:
+                continue
             what = f"has two scales, {' and '.join(names)}: which one counts depends on the program"
             yield Finding(ERROR, "two_scales", name, what, "Delete the wrong one, or quantize the 16-bit model again")
         for layer in self.layers.values():
@@ -413,9 +418,12 @@ class _Inspector:
                 what += "and not inspected, and ComfyUI reads them with a custom node only"
                 yield Finding(NOTE, "other_scale", name, what, _NOTHING, outcomes=_both(CANNOT_TELL))
                 continue
-            state = f"is {weight.dtype}" if weight else "is not in the file"
-            what = f"is a scale, but the layer's weight {state}"
-            yield Finding(WARNING, "orphan_scale", name, what, _REPAIR, True)
+            if weight:
+                what = f"is a scale, but the layer's weight is {weight.dtype}"
+                yield Finding(WARNING, "orphan_scale", name, what, _REPAIR, True)
+            else:
+                what = "is named like a scale, but there is no weight beside it"
+                yield Finding(NOTE, "orphan_scale", name, what, _STAYS)
         bare = {layer.name.removeprefix(layer.prefix) for layer in self.layers.values()}
         for place, entries, known in (
             (HEADER_ENTRY, marks.header, self.names | bare),
@@ -427,9 +435,14 @@ class _Inspector:
                 if layer not in known and f"{layer}.weight" not in self.fp8 and not repeated:
                     yield self.orphan_entry(layer, entry, place)
         prefixes = {layer.prefix for layer in self.layers.values()}
+        foreign = marks.foreign_markers([*prefixes, *(component.prefix for component in self.components.all)])
         for prefix in sorted(marks.legacy.keys() - prefixes):
-            what = "marks scaled layers, but there are none: old versions cast Linear weights to FP8 without a scale"
-            yield Finding(WARNING, "orphan_marker", prefix + "scaled_fp8", what, _REPAIR, True)
+            what = "marks scaled layers, but there are none"
+            if (name := prefix + LEGACY_MARKER) in foreign:
+                yield Finding(NOTE, "orphan_marker", name, what, _STAYS)
+            else:
+                what += ": old versions cast Linear weights to FP8 without a scale"
+                yield Finding(WARNING, "orphan_marker", name, what, _REPAIR, True)
 
     def orphan_entry(self, layer: str, entry: object, place: str) -> Finding:
         header = place == HEADER_ENTRY
@@ -441,43 +454,51 @@ class _Inspector:
             what = f"has a {place} entry, but its weight is not FP8: loading fails"
             failing = _both(FAILS) if header else {NEW: FAILS}
             return Finding(ERROR, "orphan_entry", layer, what, _REPAIR, True, outcomes=failing)
-        return Finding(WARNING, "orphan_entry", layer, f"has a {place} entry, but no weight", _REPAIR, True)
+        what = f"has a {place} entry, but no weight"
+        if not header:
+            return Finding(NOTE, "orphan_entry", layer, what, _STAYS)
+        return Finding(WARNING, "orphan_entry", layer, what, _REPAIR, True)
 
     def weights(self) -> Iterator[Finding]:
         for name, info in self.fp8.items():
             scaled = name in self.layers
             component = self.components.of(name)
-            if component and component.preset.kind == NEVER_QUANTIZED and scaled:
+            if name in self.unknown and not scaled:
+                yield self.weight_without_scale(name)
+            elif component and component.preset.kind == NEVER_QUANTIZED and scaled:
                 what = f"is quantized, but {component.preset.reason}"
                 yield Finding(ERROR, "quantized_untouchable", name, what, _DEQUANTIZE, True)
-            elif not is_linear(name, info):
+            elif not self.components.is_linear(name, info):
                 if scaled:
                     what = "is quantized, but is not a Linear weight: its scale is ignored, and the image is wrong"
                     yield Finding(ERROR, "quantized_no_linear", name, what, _DEQUANTIZE, True)
-            elif not scaled and (self.layers or self._declared(name) or name.removesuffix(".weight") in self.unknown):
+            elif not scaled and (self.layers or self._declared(name)):
                 yield self.weight_without_scale(name)
-            elif any(side % SIDE_MULTIPLE for side in info.shape):
+            elif any(side % SIDE_MULTIPLE for side in info.shape) and not (scaled and self.layers[name].full_precision):
                 what = f"has a side not divisible by {SIDE_MULTIPLE}: FP8 GPUs cannot multiply it and may fail"
                 yield Finding(WARNING, "odd_side", name, what, "Quantize the 16-bit model again, without this layer")
-        if self.fp8 and not self.layers and not any(map(self._declared, self.fp8)):
+        if self.fp8 and not self.layers and not self.unknown and not any(map(self._declared, self.fp8)):
             what = "the FP8 weights have no scales: values beyond the format's range and very small values are lost"
             yield Finding(WARNING, "unscaled", "", what, "Quantize the 16-bit model with scales for a better image")
 
     def weight_without_scale(self, name: str) -> Finding:
-        layer = name.removesuffix(".weight")
-        if layer in self.unknown:
-            what = f"is FP8, and {self.unknown[layer]!r} beside it looks like a scale that ComfyUI does not read: noise"
+        if name in self.unknown:
+            what = f"is FP8, and {self.unknown[name]!r} beside it looks like a scale that ComfyUI does not read: noise"
             return Finding(ERROR, "unknown_scale", name, what, _QUANTIZE_AGAIN)
         if self._declared(name):
             what = "is marked as scaled FP8, but has no scale: noise, or loading fails (TypeError)"
-            failing = _both(WRONG if self.components.prefix_of(name) in self.markings.legacy else FAILS)
+            failing = _both(WRONG if self.prefix_of(name) in self.markings.legacy else FAILS)
             return Finding(ERROR, "missing_scale", name, what, _QUANTIZE_AGAIN, outcomes=failing)
         what = "is FP8 without a scale or entry, beside scaled layers: noise, unless it was made without a scale"
         return Finding(WARNING, "unscaled_weight", name, what, _QUANTIZE_AGAIN, outcomes=_both(CANNOT_TELL))
 
     def _declared(self, name: str) -> bool:
         """Whether a marking says that an FP8 weight is scaled."""
-        return self.markings.declares(name.removesuffix(".weight"), self.components.prefix_of(name))
+        return self.markings.declares(name.removesuffix(".weight"), self.prefix_of(name))
+
+    def prefix_of(self, name: str) -> str:
+        """The prefix of the network of a tensor."""
+        return self.markings.prefix_of(name, self.components.prefix_of(name))
 
     def values(self) -> Iterator[Finding]:
         """Codes that are NaN or infinite, of which a saturating quantizer produces none, and NaN in other tensors."""
@@ -497,6 +518,7 @@ class _Inspector:
 
 _REPAIR = "Repair rewrites it"
 _NOTHING = "Nothing needs to be done"
+_STAYS = "Nothing needs to be done: repairing and quantizing leave it as it is"
 _QUANTIZE_AGAIN = "Quantize the 16-bit model again"
 _READ_AGAIN = "Quantize this file again: its scales are read, and the error of its first rounding stays"
 _LEGACY = "For ComfyUI 0.3.75, write the file in layout legacy"

@@ -29,7 +29,7 @@ MARKING_NAMES = frozenset(suffix[1:] for suffix in (*WEIGHT_SCALES, *INPUT_SCALE
 """Last parts of the names of tensors that describe a scaled layer and are not parameters of the model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScaledLayer:
     """A layer whose weight is FP8 codes with a scale. `name` is as in the file, `prefix` that of its network."""
 
@@ -91,7 +91,7 @@ def _legacy_markers(layers: Iterable[ScaledLayer]) -> dict[str, torch.Tensor]:
                 f"{' and '.join(formats)}: choose layout native"
             )
         elements = 2 if any(layer.full_precision for layer in members) else 0
-        markers[prefix + LEGACY_MARKER] = torch.zeros(elements).to(FORMATS[formats[0]].dtype)
+        markers[prefix + LEGACY_MARKER] = torch.zeros(elements, device="cpu").to(FORMATS[formats[0]].dtype)
     return markers
 
 

@@ -14,8 +14,9 @@ from ..files.header import TensorInfo
 from ..files.reader import Source, open_source
 from ..files.writer import check_target, refuse_same_file
 from ..numerics.quantized_tensor import dequantize_tensor
-from ..selection.presets import NEVER_QUANTIZED, Components
-from ..selection.selection import QUANTIZABLE_DTYPES, is_linear
+from ..selection.components import Components
+from ..selection.presets import NEVER_QUANTIZED
+from ..selection.selection import QUANTIZABLE_DTYPES
 from .inspection import ERROR, Inspection, inspect_source
 from .layouts import FULL_PRECISION, HEADER_ENTRY, ScaledLayer
 from .markings import Markings, read_markings, read_scale, scaled_layers
@@ -31,8 +32,9 @@ def repair_file(
 ) -> Inspection:
     """Write a sound copy of a scaled FP8 file: every code bit for bit, scales in fp32 0-dim, markers of one layout.
 
-    Orphan scales and entries are dropped. Weights that ComfyUI cannot use in FP8 (norms, convolutions, embeddings,
-    CLIP-L and CLIP-G, VAE) are dequantized to fp32. Returns the inspection of the new file.
+    Scales and entries of 16-bit weights are dropped; those without a weight stay, since nobody knows what they scale.
+    Weights that ComfyUI cannot use in FP8 (norms, convolutions, embeddings, CLIP-L and CLIP-G, VAE) are dequantized to
+    fp32. Returns the inspection of the new file.
     Raises CheckpointError where scales are missing or broken, and as quantize_file for files.
     """
     target = Path(target)
@@ -68,20 +70,24 @@ def repaired_state_dict(source: Source) -> ScaledStateDict:
         scale = read_scale(source, markings.weight_scales[scaled[name].name])
         component = components.of(name)
         untouched = component is not None and component.preset.kind == NEVER_QUANTIZED
-        if untouched or not is_linear(name, info):
+        if untouched or not components.is_linear(name, info):
             dequantized = partial(_dequantized, source, name, scale)
             state.tensors[name] = TensorEntry(TensorInfo("float32", info.shape), dequantized)
         else:
             state.add_weight(name, _weight(source, markings, scaled[name], scale))
+    prefixes = [*(layer.prefix for layer in scaled.values()), *(component.prefix for component in components.all)]
+    for name in markings.foreign_markers(prefixes):
+        state.tensors[name] = FileEntry(source, name)
     return state
 
 
 def _is_obsolete(name: str, source: Source, markings: Markings) -> bool:
-    """Whether a tensor is a marking that is written anew or dropped. Scales of int8 or NVFP4 codes are not."""
+    """Whether a tensor is a marking that is written anew or dropped: of a weight that FP8 can hold, or a marker."""
     if name not in markings.tensors:
         return False
-    weight = source.tensors.get(f"{markings.tensors[name]}.weight")
-    return weight is None or weight.dtype in QUANTIZABLE_DTYPES
+    layer = markings.tensors[name]
+    weight = source.tensors.get(f"{layer}.weight")
+    return layer is None or weight is not None and weight.dtype in QUANTIZABLE_DTYPES
 
 
 def _weight(source: Source, markings: Markings, layer: ScaledLayer, scale: torch.Tensor) -> ScaledWeight:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -34,12 +35,14 @@ class Entry(Protocol):
         """Write the tensor to a file under a name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """A tensor of a file, copied bit for bit."""
 
     source: Source
     key: str
+    look: Callable[[str, memoryview], None] | None = None
+    """look(key, piece): called with each piece of the tensor's bytes while it is copied."""
 
     @property
     def info(self) -> TensorInfo:
@@ -49,10 +52,10 @@ class FileEntry:
         return self.source.read(self.key)
 
     def write(self, writer: Writer, name: str) -> None:
-        writer.copy(name, self.source, self.key)
+        writer.copy(name, self.source, self.key, partial(self.look, self.key) if self.look else None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """A tensor that `get` returns, in memory or computed."""
 
@@ -70,7 +73,7 @@ class TensorEntry:
         writer.write(name, self.get().cpu())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PendingWeight:
     """A weight that will be FP8 codes with a scale; the engine makes both when its turn comes."""
 
@@ -96,7 +99,7 @@ class PendingWeight:
         return ScaledWeight(self.layer, self.shape, codes, scale, self.input_scale, self.source_bytes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScaledWeight:
     """A weight as FP8 codes with a scale."""
 
@@ -191,6 +194,18 @@ class ScaledStateDict:
         """Add the tensors and weights of another network, none pending, under a prefix."""
         self.tensors |= {prefix + name: entry for name, entry in other.tensors.items()}
         self.weights |= {prefix + name: weight.under(prefix) for name, weight in other.weights.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> ScaledStateDict:
+        """The same tensors and weights, none pending, under other names. names: name -> the other one, for each."""
+
+        def layer(weight: ScaledWeight, name: str) -> ScaledLayer:
+            return replace(weight.layer, name=name.removesuffix(".weight"))
+
+        return ScaledStateDict(
+            {names[name]: entry for name, entry in self.tensors.items()},
+            {names[name]: replace(each, layer=layer(each, names[name])) for name, each in self.weights.items()},
+            metadata=self.metadata,
+        )
 
     def add_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Add plain tensors."""

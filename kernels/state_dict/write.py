@@ -62,21 +62,19 @@ def write_state_dict(
     with writing(target, infos, entries, overwrite=overwrite, source=source) as writer:
         for name, tensor in small.items():
             writer.write(name, tensor)
-        small.clear()
-        stored = state.tensors | {name: weight.codes for name, weight in state.weights.items()}
-        order = [name for name in writer.order if name in stored or name in state.pending]
-        _stream(state, stored, writer, order, chosen, meter)
-        with writer.reopen(target) as written:
+        del small, infos, entries  # the inspection needs their memory
+        _stream(state, writer, chosen, meter)
+        with writer.reopen() as written:
             inspection = inspect_source(written)
         _check(inspection, target, accept)
         meter.finish()
     return inspection
 
 
-def _stream(
-    state: ScaledStateDict, stored: Mapping[str, Entry], writer: Writer, order: list[str], layout: Layout, meter: Meter
-) -> None:
-    """Write the tensors in the order of the file. stored: those that are not pending."""
+def _stream(state: ScaledStateDict, writer: Writer, layout: Layout, meter: Meter) -> None:
+    """Write the tensors in the order of the file."""
+    stored: dict[str, Entry] = state.tensors | {name: weight.codes for name, weight in state.weights.items()}
+    order = [name for name in writer.order if name in stored or name in state.pending]
     names = [name for name in order if name in state.pending]
     buffers = alternating_buffers(max((state.pending[name].info.nbytes for name in names), default=0))
     buffer = next(buffers)

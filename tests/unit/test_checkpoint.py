@@ -125,6 +125,8 @@ def test_the_source_and_given_metadata_stay_beside_the_recipe(source, target):
         "matmul": "full",
         "nonfinite": "error",
         "calibration": "",
+        "size_limit": 0.0,
+        "target_quality": 0.0,
     }
     assert f"{QKV}.weight" in recipe["quantized"]
     assert "context_embedder.weight" in recipe["kept_layers"]
@@ -361,7 +363,10 @@ def test_an_unknown_choice_lists_the_valid_ones(source, target, choice, value):
         (checkpoints.weights("decoder.conv_in.weight"), "nothing to quantize: a VAE is never quantized"),
         (checkpoints.weights("a.bias"), "nothing to quantize: there is no Linear layer that FP8 can hold"),
         ({}, "nothing to quantize: there is no Linear layer that FP8 can hold"),
-        (checkpoints.weights("blocks.0.attn.q.weight", shape=(16, 24)), "a side is not divisible by 16"),
+        (
+            checkpoints.weights("encoder.block.23.layer.1.DenseReluDense.wi.weight", shape=(16, 24)),
+            "a side is not divisible by 16, which text encoders need",
+        ),
         (
             checkpoints.weights("single_transformer_blocks.0.attn.to_q.weight"),
             "holds Flux .* in the diffusers layout, .* quantize the ComfyUI version",
@@ -427,19 +432,60 @@ def test_a_file_in_which_nothing_is_finite_is_refused(tmp_path, target):
         quantize_file(save(tmp_path / "in.safetensors", tensors), target, nonfinite="keep")
 
 
-@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])
+NORM, TABLE = "joint_blocks.0.x_block.attn.ln_q.weight", "joint_blocks.0.x_block.attn.table"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nonfinite", ["error", "keep"])
+def test_values_that_are_not_finite_in_a_kept_tensor_are_counted(tmp_path, target, dtype, nonfinite, monkeypatch):
+    """Over the pieces in which a tensor is copied; a tensor without any is not mentioned."""
+    monkeypatch.setattr("stochastic_fp8_pack.kernels.files.reader.COPY_CHUNK", 64)
+    tensors = checkpoints.sd3() | {NORM: torch.ones(200).to(dtype), TABLE: torch.arange(200)}
+    tensors[NORM][[0, 77, 199]] = float("nan")
+    tensors[NORM][100] = float("-inf")
+    report = quantize_file(save(tmp_path / "in.safetensors", tensors), target, nonfinite=nonfinite)
+    assert [note for note in report.notes if "finite" in note] == [
+        f"1 kept tensor with values that are not finite, copied as they are: {NORM} (3 NaN, 1 infinite). Images can be "
+        "black: start from a sound copy of the model"
+    ]
+    assert bits(load_file(target)[NORM]) == bits(tensors[NORM])
+
+
+def test_several_kept_tensors_that_are_not_finite_share_a_note(tmp_path, target):
+    tensors = checkpoints.sd3() | {f"norm.{i}.weight": torch.full((2,), float("nan")) for i in range(3)}
+    report = quantize_file(save(tmp_path / "in.safetensors", tensors), target)
+    (note,) = (note for note in report.notes if "finite" in note)
+    assert note.startswith("3 kept tensors with values that are not finite, copied as they are: norm.")
+    assert "(2 NaN, 0 infinite) and others" in note
+
+
+@pytest.mark.parametrize(("format", "codes"), [("float8_e4m3fn", (0x7F, 0xFF, 0x7E)), ("float8_e5m2", (0x7F, 0xFC, 1))])
+def test_codes_that_are_not_finite_in_a_kept_layer_are_counted(source, tmp_path, target, format, codes):
+    """E4M3 has no infinities: both codes are NaN. In E5M2, one is NaN and one infinite."""
+    quantize_file(source, tmp_path / "fp8.safetensors", format=format)
+    tensors = load_file(tmp_path / "fp8.safetensors")
+    tensors[f"{QKV}.weight"].view(torch.uint8)[0, :3] = torch.tensor(codes, dtype=torch.uint8)
+    damaged = save(tmp_path / "damaged.safetensors", tensors, metadata(tmp_path / "fp8.safetensors"))
+    report = quantize_file(damaged, target, keep=[QKV], format=format, requantize=True)
+    counts = "2 NaN, 0 infinite" if format == "float8_e4m3fn" else "1 NaN, 1 infinite"
+    assert [f"{QKV}.weight ({counts})" in note for note in report.notes if "not finite" in note] == [True]
+
+
+@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt, PermissionError, FileExistsError, OSError])
 @pytest.mark.parametrize("at", [0, 5, 1000])
 def test_a_cancel_leaves_the_target_as_it_was(source, target, tmp_path, exception, at):
+    """The callback's exception goes through as it is: an OSError is not a fault of the target."""
     target.write_bytes(b"mine")
-    calls = []
+    calls, raised = [], exception("of the callback")
 
     def cancel(done, total, key):
         calls.append(key)
         if len(calls) > at or done == total:
-            raise exception
+            raise raised
 
-    with pytest.raises(exception):
+    with pytest.raises(exception) as caught:
         quantize_file(source, target, overwrite=True, progress=cancel)
+    assert caught.value is raised
     assert target.read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
 

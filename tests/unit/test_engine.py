@@ -21,7 +21,7 @@ QKV, PROJ = "joint_blocks.0.x_block.attn.qkv", "joint_blocks.0.x_block.attn.proj
 class MemoryWeights:
     """Weights in memory: all that a new kind of source has to implement."""
 
-    name, kind, linear_names, metadata, notes = "memory", None, None, {}, ()
+    name, kind, linear_names, metadata, notes, nonfinite = "memory", None, None, {}, (), {}
 
     def __init__(self, tensors, scaled=(), patched=()):
         self._tensors, self.patched = tensors, patched
@@ -152,7 +152,7 @@ def test_looking_for_non_finite_weights_shows_progress_and_can_be_cancelled(tmp_
     calls.clear()
     done = []
     to_file(tmp_path, with_nan(), Recipe(nonfinite="keep"), progress=lambda *call: done.append(call))
-    total = sum(tensor.nbytes for tensor in sd3().values()) + 2 * (192 + 64) * 64
+    total = sum(tensor.nbytes for tensor in sd3().values()) + 2 * (192 + 64 + 8) * 64
     assert {call[1] for call in done} == {total}
     assert done[0][0] == 0
     assert done[-1] == (total, total, "")
@@ -196,7 +196,7 @@ def test_a_kept_scaled_weight_with_a_patch_is_kept_with_the_patch():
     loaded, report = in_memory(tensors, Recipe(keep=[PROJ]), scaled=scaled, patched=[f"{PROJ}.weight"])
     assert torch.equal(loaded[f"{PROJ}.weight"], values + 1)
     assert f"{PROJ}.weight_scale" not in loaded
-    assert any("but patched: kept in 16 bits" in note for note in report.notes)
+    assert any("but patched: kept in high precision, patches applied" in note for note in report.notes)
 
 
 def test_a_quantized_scaled_weight_with_a_patch_is_rounded_with_the_patch():

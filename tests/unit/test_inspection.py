@@ -1,16 +1,19 @@
 """Every known problem of a scaled FP8 file is found, described and, where possible, repaired."""
 
 import json
+import os
+import re
 
 import checkpoints
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from stochastic_fp8_pack.kernels.engine.file_job import plan_file, quantize_file
 from stochastic_fp8_pack.kernels.errors import CheckpointError
+from stochastic_fp8_pack.kernels.files.bounded_json import parse_json
 from stochastic_fp8_pack.kernels.files.header import TensorInfo
-from stochastic_fp8_pack.kernels.selection.presets import foreign_kind, other_quantizer
+from stochastic_fp8_pack.kernels.selection.foreign import foreign_kind, other_quantizer
 from stochastic_fp8_pack.kernels.state_dict.inspection import inspect_file
 from stochastic_fp8_pack.kernels.state_dict.repair import repair_file
 
@@ -86,7 +89,7 @@ def entry(value):
         (checkpoints.sd3(), {"format": "float8_e5m2"}, ("header", "inline"), ("fails to load", "exact")),
         (checkpoints.sd3(), {"layout": "legacy"}, ("legacy",), ("degraded", "exact")),
         (checkpoints.t5xxl(), {}, ("header", "inline"), ("wrong image", "exact")),
-        (checkpoints.t5xxl(), {"layout": "legacy"}, ("legacy",), ("degraded", "exact")),
+        (checkpoints.t5xxl(), {"layout": "legacy"}, ("legacy",), ("exact", "exact")),
         (checkpoints.all_in_one(), {}, ("header", "inline"), ("wrong image", "exact")),
         (checkpoints.all_in_one(), {"layout": "legacy"}, ("legacy",), ("degraded", "exact")),
         (
@@ -95,7 +98,7 @@ def entry(value):
             ),
             {},
             ("header", "inline"),
-            ("degraded", "exact"),
+            ("fails to load", "exact"),
         ),
     ],
 )
@@ -170,6 +173,62 @@ def test_a_file_that_cannot_be_read_is_a_finding(tmp_path, data, what, repair):
     assert [verdict.outcome for verdict in inspection.verdicts] == ["fails to load", "fails to load"]
 
 
+LIMITS = {
+    "tensors": ("files.header.MAX_TENSORS", 2, "lists more than 2 tensors"),
+    "name": ("files.header.MAX_NAME", 10, "has a name of"),
+    "entry": ("files.header.MAX_ENTRY", 10, "has more than 10 characters"),
+    "metadata": ("files.header.MAX_METADATA", 0, "metadata has more than 0 entries"),
+    "header": ("files.reader.MAX_HEADER", 100, "has a header of"),
+    "header entry": ("files.bounded_json.MAX_VALUES", 10, "has more than 10 values"),
+    "inline entries": ("state_dict.markings.MAX_ALL_INLINE", 2, "bytes of inline entries"),
+    "values of inline entries": ("state_dict.markings.MAX_VALUES", 0, "inline entries of more than"),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_file_beyond_the_limits_of_the_pack_may_be_fine(native, monkeypatch, limit):
+    """Other programs read it, so it is not said to fail."""
+    name, value, reason = LIMITS[limit]
+    if limit == "header entry":  # the limit is the default of an argument
+        monkeypatch.setattr(parse_json, "__defaults__", (value, None))
+    else:
+        monkeypatch.setattr(f"stochastic_fp8_pack.kernels.{name}", value)
+    inspection = inspect_file(native.save())
+    (finding,) = inspection.findings
+    assert (finding.severity, finding.code) == ("error", "beyond_limits")
+    assert reason in finding.what
+    assert [verdict.outcome for verdict in inspection.verdicts] == ["cannot tell", "cannot tell"]
+    assert reason in str(inspection.verdicts[0])
+    assert not inspection.ok
+
+
+def test_an_index_beyond_the_limits_of_the_pack_may_be_fine(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {str(i): "one.safetensors" for i in range(3)}}))
+    for name in ("MAX_TENSORS", "MAX_JSON"):
+        monkeypatch.setattr(f"stochastic_fp8_pack.kernels.files.reader.{name}", 2)
+        inspection = inspect_file(path)
+        assert inspection.findings[0].code == "beyond_limits"
+        assert {verdict.outcome for verdict in inspection.verdicts} == {"cannot tell"}
+
+
+def test_a_header_that_the_safetensors_library_refuses_fails(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((100_000_001).to_bytes(8, "little") + b"{")
+    os.truncate(path, 100_000_200)
+    assert {verdict.outcome for verdict in inspect_file(path).verdicts} == {"fails to load"}
+    with pytest.raises(SafetensorError, match="(?i)header ?too ?large"):
+        load_file(path)
+
+
+def test_an_inline_entry_that_is_not_read_may_be_fine(native, monkeypatch):
+    monkeypatch.setattr("stochastic_fp8_pack.kernels.state_dict.markings.MAX_INLINE", 2)
+    inspection = inspect_file(native.save())
+    assert "unreadable_entry" in {finding.code for finding in inspection.findings}
+    new = {finding.outcomes.get("ComfyUI 0.33") for finding in inspection.findings if "large" in finding.what}
+    assert new == {"cannot tell"}
+
+
 def test_a_truncated_file_says_how_much_is_missing(native):
     path = native.save()
     data = path.read_bytes()
@@ -183,6 +242,15 @@ def test_a_missing_file_of_a_set_is_a_finding(tmp_path):
     path.write_text(json.dumps({"weight_map": {"a.weight": "m-00001-of-00002.safetensors"}}))
     (finding,) = inspect_file(path).findings
     assert finding.what.startswith("m-00001-of-00002.safetensors: cannot be opened")
+
+
+@pytest.mark.parametrize("name", ["a\0.safetensors", "a\ud800.safetensors"])
+def test_an_index_with_a_name_that_no_file_has_is_a_finding(tmp_path, name):
+    path = tmp_path / "m.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a.weight": name}}))
+    (finding,) = inspect_file(path).findings
+    assert (finding.code, finding.repair) == ("unreadable", "Download it again")
+    assert finding.what == f"names {name!r}, which is not a .safetensors file in the same folder"
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "model.ckpt"])
@@ -215,9 +283,44 @@ FOREIGN = {
         "controlnet_blocks.0.weight",
     ),
     "ControlNet   ": linear("input_hint_block.0.weight", "blocks.0.weight"),
+    "ControlNet    ": linear("after_proj_list.0.weight", "before_proj.weight", "blocks.0.attn1.q_proj.weight"),
     "textual-inversion embedding": linear("clip_l", "clip_g"),
     "textual-inversion embedding ": linear("emb_params"),
 }
+
+
+Q = "joint_blocks.0.x_block.attn.qkv"
+UNMERGED = "a model with LoRA layers that are not merged into its weights; merge them and save the model first"
+TRAINING = "a training checkpoint with an optimizer's state or averaged weights; save the model alone first"
+BESIDE = {
+    f"{Q}.lora_A.weight {Q}.lora_B.weight": UNMERGED,
+    f"{Q}.lora_A.default.weight {Q}.lora_B.default.weight": UNMERGED,
+    f"{Q}.lora_down.weight {Q}.lora_up.weight": UNMERGED,
+    f"{Q}.base_layer.weight": UNMERGED,
+    "optimizer.state.0.weight": TRAINING,
+    "model_ema.decay": TRAINING,
+}
+"""Names beside those of a whole model -> what the file is."""
+
+
+@pytest.mark.parametrize("names", BESIDE)
+def test_a_model_that_is_not_ready_is_refused(tmp_path, names):
+    path = tmp_path / "a.safetensors"
+    save_file(checkpoints.sd3() | linear(*names.split()), path)
+    assert inspect_file(path).findings[0].code == "not_a_model"
+    with pytest.raises(CheckpointError, match=f"^a.safetensors: is {re.escape(BESIDE[names])}$"):
+        plan_file(path)
+    save_file(checkpoints.all_in_one() | linear(*names.split()), path)
+    allowed = BESIDE[names] == TRAINING  # outside the networks of a checkpoint
+    assert ("not_a_model" in [finding.code for finding in inspect_file(path).findings]) != allowed
+
+
+@pytest.mark.parametrize("scales", [0, 1, 9])
+def test_unmerged_layers_are_found_whatever_their_share(tmp_path, scales):
+    names = [f"{Q}.base_layer.weight", f"{Q}.base_layer.bias", f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"]
+    save_file(linear(*names, *(f"{Q}.{i}.weight_scale" for i in range(scales))), tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="LoRA layers that are not merged"):
+        plan_file(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -253,7 +356,15 @@ def test_one_file_of_a_set_is_refused_and_the_index_is_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model-00001-of-00001.safetensors", "best_of_2024.safetensors", "1024x1024_off.safetensors"]
+    "name",
+    [
+        "model-00001-of-00001.safetensors",
+        "best_of_2024.safetensors",
+        "1024x1024_off.safetensors",
+        "wan2.1_1_of_2.safetensors",  # no index names a file so
+        "wan 1 of 2.safetensors",
+        "model-1-of-2-merged.safetensors",
+    ],
 )
 def test_names_that_are_not_those_of_a_shard(tmp_path, name):
     save_file(checkpoints.sd3(), tmp_path / name)
@@ -423,13 +534,76 @@ def test_names_without_the_prefix_in_an_all_in_one_file(tmp_path):
 
 
 def test_orphan_scales_and_entries(native):
-    native.tensors["gone.weight_scale"] = torch.tensor(1.0)
     native.tensors["context_embedder.weight_scale"] = torch.tensor(1.0)
     native.header = native.header | {"gone": {"format": "float8_e4m3fn"}}
-    native.tensors["gone.comfy_quant"] = entry({"format": "float8_e4m3fn"})
-    native.tensors["p.scaled_fp8"] = torch.zeros(2).to(E4M3)
-    assert native.codes() == {"orphan_scale": "warning", "orphan_entry": "warning", "orphan_marker": "warning"}
+    native.tensors["scaled_fp8"] = torch.zeros(2).to(E4M3)
+    assert native.codes() == {"orphan_scale": "warning", "orphan_entry": "warning"}
     native.assert_repaired()
+
+
+def test_a_marker_without_scaled_layers(tmp_path):
+    """Of a network that ComfyUI detects."""
+    tensors = checkpoints.sd3("model.diffusion_model.")
+    markers = {prefix + "scaled_fp8": torch.zeros(2).to(E4M3) for prefix in ("", "model.diffusion_model.")}
+    save_file(tensors | markers, tmp_path / "marked.safetensors")
+    inspection = inspect_file(tmp_path / "marked.safetensors")
+    assert [f.code for f in inspection.findings if f.severity == "warning"] == ["orphan_marker"] * 2
+    repair_file(tmp_path / "marked.safetensors", tmp_path / "repaired.safetensors")
+    assert load_file(tmp_path / "repaired.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("layout", ["native", "legacy"])
+@pytest.mark.parametrize("job", ["repair", "quantize"])
+def test_what_is_only_named_like_a_marking_stays_as_it_is(native, tmp_path, layout, job):
+    """Scales without a weight and markers under unknown prefixes: nobody knows what they belong to."""
+    strange = {
+        "experts.w1.weight_scale": torch.rand(3, 5),
+        "experts.w1.scale_weight": torch.rand(2),
+        "experts.w1.input_scale": torch.tensor([7, 9]),
+        "experts.w1.comfy_quant": entry({"format": "float8_e4m3fn"}),
+        "experts.w1.weight_scale_inv": torch.rand(4).bfloat16(),
+        ".weight_scale": torch.rand(1),
+        "p.scaled_fp8": torch.rand(3).to(E5M2),
+        "p.q.scaled_fp8": torch.rand(3).half(),
+    }
+    native.tensors |= strange
+    target = tmp_path / "out.safetensors"
+    if job == "repair":
+        assert not any(finding.repairable for finding in repair_file(native.save(), target, layout=layout).findings)
+    else:
+        quantize_file(native.save(), target, format="float8_e5m2", layout=layout)
+    written = load_file(target)
+    for name, tensor in strange.items():
+        assert written[name].dtype == tensor.dtype
+        assert bytes(written[name].view(-1).view(torch.uint8)) == bytes(tensor.view(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("layout", ["native", "legacy"])
+@pytest.mark.parametrize("job", ["repair", "quantize"])
+def test_a_marker_of_an_unknown_network_keeps_its_place(tmp_path, layout, job):
+    """It marks the layers below it, in whatever order prefixes are nested."""
+    names = [f"{prefix}attn.{i}" for prefix in ("odd.", "odd.model.") for i in range(2)]
+    tensors = {f"{name}.weight": torch.randn(16, 16).to(E4M3) for name in names}
+    tensors |= {f"{name}.scale_weight": torch.tensor(0.25) for name in names}
+    tensors |= {f"{prefix}scaled_fp8": torch.zeros(2).to(E4M3) for prefix in ("odd.", "odd.model.")}
+    tensors["odd.other.0.weight"] = torch.randn(16, 16).bfloat16()
+    save_file(tensors, tmp_path / "odd.safetensors")
+    assert "missing_marker" not in {finding.code for finding in inspect_file(tmp_path / "odd.safetensors").findings}
+    target = tmp_path / "out.safetensors"
+    if job == "repair":
+        repair_file(tmp_path / "odd.safetensors", target, layout=layout)
+    else:
+        quantize_file(tmp_path / "odd.safetensors", target, layout=layout, layers="all_linear", only=["other"])
+    written = load_file(target)
+    markers = {"odd.scaled_fp8", "odd.model.scaled_fp8"}
+    if layout == "native":
+        assert not any("scaled_fp8" in name for name in written)
+    else:
+        assert markers == {name for name in written if "scaled_fp8" in name} - {"scaled_fp8"}
+        assert all(written[name].numel() == 2 for name in markers)
+        assert ("scaled_fp8" in written) == (job == "quantize")
+    for name in names:
+        assert torch.equal(written[f"{name}.weight"].float(), tensors[f"{name}.weight"].float())
 
 
 def test_an_entry_for_a_weight_that_is_not_quantized(native):
@@ -692,9 +866,12 @@ def test_a_scale_too_small_for_fp16(native):
     assert native.codes() == {"scale_small": "warning"}
 
 
-def test_a_side_that_is_not_divisible_by_16(native):
-    native.tensors[f"{QKV}.weight"] = torch.zeros(24, 16).to(E4M3)
-    assert native.codes() == {"odd_side": "warning"}
+@pytest.mark.parametrize(("matmul", "codes"), [("fp8", {"odd_side": "warning"}), ("full", {})])
+def test_a_side_that_is_not_divisible_by_16(tmp_path, matmul, codes):
+    """Only FP8 matmul cannot take it."""
+    checkpoint = Checkpoint(tmp_path, checkpoints.sd3(), matmul=matmul)
+    checkpoint.tensors[f"{QKV}.weight"] = torch.zeros(24, 16).to(E4M3)
+    assert checkpoint.codes() == codes
 
 
 def test_fp8_without_scale_or_entry_beside_scaled_layers(native):

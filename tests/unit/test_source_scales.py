@@ -2,14 +2,18 @@
 
 import json
 
+import key_lists
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stochastic_fp8_pack.kernels import CheckpointError, quantize_file, repair_file
-from stochastic_fp8_pack.kernels.state_dict.source_scales import block_size, dequantize_blocks
+from stochastic_fp8_pack.kernels import CheckpointError, inspect_file, quantize_file, repair_file
+from stochastic_fp8_pack.kernels.files.header import TensorInfo
+from stochastic_fp8_pack.kernels.state_dict.markings import Markings, unknown_scales
+from stochastic_fp8_pack.kernels.state_dict.source_scales import block_size, check_shapes, dequantize_blocks
 
 E4M3 = torch.float8_e4m3fn
 LAYER = "blocks.0.self_attn.q"
+MODELS = key_lists.read()
 
 
 def weight(out, inputs):
@@ -50,14 +54,36 @@ def test_every_block_is_multiplied_by_its_scale(kind):
 
 @pytest.mark.parametrize(
     ("side", "count", "size"),
-    [(256, 2, 128), (300, 3, 128), (384, 3, 128), (192, 3, 64), (96, 2, 48), (96, 3, 32), (5120, 40, 128)],
+    [(256, 2, 128), (320, 3, 128), (384, 3, 128), (192, 3, 64), (96, 3, 32), (5120, 40, 128), (4480, 35, 128)],
 )
 def test_block_sizes_follow_from_the_shapes(side, count, size):
-    if size == 48:
-        with pytest.raises(ValueError, match="2 scales for 96 values do not tell the block size"):
-            block_size(side, count)  # 48 or 64
-    else:
-        assert block_size(side, count) == size
+    assert block_size(side, count) == size
+
+
+@pytest.mark.parametrize(("side", "count"), [(96, 2), (160, 2), (192, 2), (200, 2), (300, 3), (256, 3), (256, 0)])
+def test_a_block_size_that_does_not_follow_is_refused(side, count):
+    """96 values in 2 blocks: 48 + 48, or 64 + 32."""
+    with pytest.raises(ValueError, match=f"{count} scales for {side} values do not tell the block size"):
+        block_size(side, count)
+    for shape in [(64, count, 1), (64, count)] if count else []:
+        with pytest.raises(ValueError, match="do not tell the block size"):
+            dequantize_blocks(torch.zeros(64, side, dtype=E4M3), torch.ones(shape))
+
+
+@pytest.mark.parametrize("out", [64, 160, 192, 256, 300])
+@pytest.mark.parametrize("inputs", [128, 192, 320])
+def test_a_grid_of_the_usual_blocks_needs_no_other_hint(out, inputs):
+    codes, scales, exact = per_block(weight(out, inputs), 128, 128)
+    assert torch.equal(dequantize_blocks(codes, scales), exact)
+    check_shapes(codes.shape, scales.shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 256), (1, 256)])
+@pytest.mark.parametrize("out", [256, 384])
+def test_a_scale_per_column_is_not_taken_for_something_else(out, shape):
+    for check in (check_shapes, lambda codes, scale: dequantize_blocks(torch.zeros(codes), torch.ones(scale))):
+        with pytest.raises(ValueError, match="does not tell rows from columns"):
+            check((out, 256), shape)
 
 
 @pytest.mark.parametrize("shape", [(3,), (128, 3, 2), (129, 1), (2, 2, 2, 2), (128,)])
@@ -118,6 +144,41 @@ def without_scale():
 HEADER = {
     "_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {LAYER: {"format": "float8_e4m3fn"}}})
 }
+
+
+UNKNOWN = (
+    "{}.weight.scale {}.weight.scale_inv {}.weight.weight_scale {}.weight_s {}.weight_amax {}.weight_max "
+    "{}.weight_scales {}.weight_quantizer._amax {}.weightScale {}_scale {}_scale_inv {}_amax {}.scaling_factor "
+    "{}.scaler {}.dequant {}.qscale {}.s {}.max {}.WEIGHT_SCALE scales.{} weight_scales.{}.weight"
+)
+"""Names of a scale that no program here reads, with {} for the layer."""
+
+
+@pytest.mark.parametrize("name", [name.format(LAYER) for name in UNKNOWN.split()] + [f"{LAYER}.weight_scale".upper()])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_scale_of_another_name_stops_the_job(tmp_path, name, others):
+    codes, scales, _ = per_block(weight(128, 128), 128, 128)
+    tensors = wan(**{f"{LAYER}.weight": codes, name: scales.reshape(1)})
+    if others:
+        tensors |= {"blocks.1.ffn.0.weight": codes.clone(), "blocks.1.ffn.0.weight_scale": scales.reshape(()).clone()}
+    with pytest.raises(CheckpointError, match=rf"'{LAYER}.weight' is FP8, and '{name}' beside it looks like a scale"):
+        quantized(tmp_path, tensors, format="float8_e5m2")
+    assert not (tmp_path / "out.safetensors").exists()
+    inspection = inspect_file(tmp_path / "in.safetensors")
+    codes_found = [finding.code for finding in inspection.findings]
+    assert "unknown_scale" in codes_found and "unscaled" not in codes_found
+    assert {verdict.outcome for verdict in inspection.verdicts} == {"wrong image"}
+    tensors[f"{LAYER}.weight"] = codes.bfloat16()
+    assert quantized(tmp_path, tensors, requantize=True)[1].layers
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_tensor_of_a_published_model_looks_like_a_scale(model):
+    tensors = {
+        name: TensorInfo("float8_e4m3fn" if name.endswith(".weight") or len(shape) > 1 else "bfloat16", shape)
+        for name, shape in MODELS[model].shapes.items()
+    }
+    assert unknown_scales(tensors, Markings()) == {}
 
 
 @pytest.mark.parametrize(
