@@ -6,6 +6,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -15,7 +16,12 @@ from comfy.cli_args import args
 from comfyui_version import __version__ as COMFYUI_VERSION
 
 from ..kernels.errors import CheckpointError, StochasticFP8Error
+from ..kernels.files.reader import Source, is_safetensors, shard, source_files
+from ..kernels.selection.components import Components
+from ..kernels.selection.foreign import diffusers_model, foreign_kind
+from ..kernels.selection.presets import DIFFUSION, TEXT_ENCODER
 from ..kernels.state_dict.compatibility import is_new
+from .published_names import is_detected
 
 OUTPUT_FOLDERS = {"diffusion_models": "diffusion_models", "checkpoints": "checkpoints", "text_encoders": "clip"}
 """Kind of model -> the folder under output/ that ComfyUI's loader of that kind lists as well."""
@@ -35,13 +41,28 @@ class PrefixError(StochasticFP8Error, ValueError):
 
 
 def list_sources() -> list[str]:
-    """Every .safetensors file of these kinds, as `kind/name`."""
-    return [
-        f"{kind}/{name}"
-        for kind in OUTPUT_FOLDERS
-        for name in folder_paths.get_filename_list(kind)
-        if name.endswith(".safetensors")
-    ]
+    """Every safetensors file of these kinds, as `kind/name`. The files of a set are listed once, as their index."""
+    return [f"{kind}/{name}" for kind in OUTPUT_FOLDERS for name in _models(kind)]
+
+
+def is_listed(source: str) -> bool:
+    """Whether ComfyUI's loaders list a file of this name, or list_sources does."""
+    kind, _, name = source.partition("/")
+    return kind in OUTPUT_FOLDERS and (name in folder_paths.get_filename_list(kind) or name in _models(kind))
+
+
+def _models(kind: str) -> list[str]:
+    """ComfyUI lists the files of a set, but not the index beside them."""
+
+    @cache
+    def exists(index: str) -> bool:
+        return folder_paths.get_full_path(kind, index) is not None
+
+    models = {}
+    for name in filter(is_safetensors, folder_paths.get_filename_list(kind)):
+        part = shard(name)
+        models[next(filter(exists, part.indices if part else ()), name)] = True
+    return list(models)
 
 
 def find_source(source: str) -> tuple[str, Path]:
@@ -54,11 +75,16 @@ def find_source(source: str) -> tuple[str, Path]:
 
 
 def fingerprint(source: str) -> str:
-    """A text that changes when the file with this name from list_sources changes."""
+    """A text that changes when the file with this name from list_sources changes, or a file of the set."""
     try:
-        return path_fingerprint(find_source(source)[1])
+        path = find_source(source)[1]
     except FileNotFoundError:
         return path_fingerprint(None)
+    try:
+        files = dict.fromkeys([path, *source_files(path)])
+    except CheckpointError:  # which a run will raise
+        files = {path: None}
+    return " ".join(path_fingerprint(file if file.is_file() else None) for file in files)
 
 
 def path_fingerprint(path: str | Path | None) -> str:
@@ -149,6 +175,42 @@ def check_entries(layout: str, formats: Iterable[str]) -> None:
         raise CheckpointError(
             f"ComfyUI {COMFYUI_VERSION} would not load this file: it has no {unknown[0]}. Choose float8_e4m3fn, update "
             "ComfyUI, or turn on for_another_comfyui to write it for another installation"
+        )
+
+
+def check_detected(source: Source) -> None:
+    """Raises CheckpointError for a diffusion model of a known family that the running ComfyUI does not know yet.
+
+    What no ComfyUI recognises has errors of its own: wrong prefixes, diffusers layouts, files that are not models.
+    """
+    tensors, components = source.tensors, Components(source.tensors)
+    main = components.main
+    if main.preset.kind != DIFFUSION or main.family == "unknown" or components.undetected_prefix:
+        return
+    if diffusers_model(tensors) or foreign_kind(tensors, source.path.name):
+        return
+    if not is_detected(tensors, source.metadata):
+        raise CheckpointError(
+            f"{source.name}: ComfyUI {COMFYUI_VERSION} does not recognise this model ({main.preset.title}). Update "
+            "ComfyUI, or turn on for_another_comfyui to write the file for another installation"
+        )
+
+
+def check_folder(kind: str, source: Source) -> None:
+    """Raises CheckpointError for a model of a known family in a folder whose loader cannot use it. kind: as in
+    find_source."""
+    main = Components(source.tensors).main
+    if main.family == "unknown" or foreign_kind(source.tensors, source.path.name):
+        return
+    folder = {
+        (DIFFUSION, "text_encoders"): "diffusion_models",
+        (TEXT_ENCODER, "diffusion_models"): "text_encoders",
+        (TEXT_ENCODER, "checkpoints"): "text_encoders",
+    }.get((main.preset.kind, kind))
+    if folder:
+        raise CheckpointError(
+            f"{source.name}: the loader of models/{kind} cannot use this {main.preset.kind} ({main.preset.title}). "
+            f"Move the file to models/{folder}, or turn on for_another_comfyui to write it for another installation"
         )
 
 

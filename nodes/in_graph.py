@@ -7,22 +7,54 @@ import torch
 from ..kernels import Recipe
 from ..kernels.calibration.moments import Calibration
 from ..kernels.engine.quantization import Quantization
+from ..kernels.files.header import TensorInfo
+from ..kernels.selection.selection import MEASURED
 from ..kernels.state_dict.load import make_codes
 from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
-from .networks import Network
+from ..kernels.state_dict.size import tensor_bytes
+from .networks import Network, beside_tensors
 from .progress import JobProgress
+
+
+class NetworkJob:
+    """The quantization of one network: planned and checked when it is made, carried out by `run`."""
+
+    def __init__(
+        self, network: Network, recipe: Recipe, device: torch.device, calibration: Calibration | None = None
+    ) -> None:
+        """Raises ModelError for weights that are GGUF or unscaled FP8; CalibrationError where the recipe needs a
+        calibration and there is none; UnknownPatternError."""
+        self.network = network
+        self._progress = JobProgress()
+        self.quantization = Quantization(
+            network,
+            recipe,
+            calibration,
+            device=device,
+            observe=self._progress.layer,
+            progress=self._progress,
+            reserved=_bytes_beside(network) if recipe.layers == MEASURED else 0,
+        )
+
+    def run(self) -> ScaledStateDict:
+        """Round each selected weight once, its patches included. The state dict holds no pending weights.
+
+        Raises ModelError naming every tensor with NaN or infinite values, unless nonfinite is "keep".
+        """
+        state = self.quantization.state_dict()
+        make_codes(state, self.network.patcher.offload_device, self._progress)
+        return state
 
 
 def quantize_network(
     network: Network, recipe: Recipe, device: torch.device, calibration: Calibration | None = None
 ) -> tuple[Quantization, ScaledStateDict]:
-    """Round each selected weight once, its patches included. The state dict holds no pending weights.
+    """Plan and carry out the quantization of one network; see NetworkJob for what is raised."""
+    job = NetworkJob(network, recipe, device, calibration)
+    return job.quantization, job.run()
 
-    Raises ModelError naming every tensor with NaN or infinite values (unless nonfinite is "keep"), and for weights
-    that are GGUF or unscaled FP8; CalibrationError where the recipe needs a calibration and there is none.
-    """
-    progress = JobProgress()
-    quantization = Quantization(network, recipe, calibration, device=device, observe=progress.layer)
-    state = quantization.state_dict()
-    make_codes(state, network.patcher.offload_device, progress)
-    return quantization, state
+
+def _bytes_beside(network: Network) -> int:
+    """What Save Scaled FP8 Model writes beside the network, which a size limit counts."""
+    beside = beside_tensors(network.patcher)
+    return sum(tensor_bytes(name, TensorInfo.of(tensor)) for name, tensor in beside.items())

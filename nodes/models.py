@@ -1,7 +1,7 @@
 """MODEL and CLIP <-> scaled FP8 state dicts, through ComfyUI's own loaders.
 
-This module and networks.py are the only ones that touch ComfyUI's model internals. They hold for 0.3.75 to 0.33.0;
-where versions differ, the function says how.
+This module, networks.py and published_names.py are the only ones that touch ComfyUI's model internals. They hold for
+0.3.75 to 0.33.0; where versions differ, the function says how.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from .networks import (
     FLOAT8,
     ModelError,
     Network,
+    beside_tensors,
     bypass_managers,
     bypass_patches,
     plain_settings,
+    same_kind,
+    samples_equal,
     without_object_patches,
 )
 
@@ -82,31 +85,53 @@ def load_quantized_model(source, state: ScaledStateDict, attachment: dict):
 
     attachment: what ATTACHMENT holds. Raises ModelError where ComfyUI does not recognise the model.
     """
-    tensors = native_tensors(state) | sampling_keys(source)
+    beside = beside_tensors(source)
+    tensors = native_tensors(state) | sampling_keys(source) | beside
     metadata = state.metadata | LAYOUTS["native"].metadata(state.layers)
     try:
         result = _load_diffusion_model(tensors, {"dtype": _compute_dtype(source)}, metadata)
     except (RuntimeError, KeyError) as error:  # models that need weights beside their diffusion model
-        raise _not_loaded(source, f"cannot load ({str(error).splitlines()[0]})") from error
+        raise _not_loaded(f"cannot load the quantized {_class(source)} ({str(error).splitlines()[0]})") from error
     if result is None:
-        raise _not_loaded(source, "does not recognise")
+        raise _not_loaded(f"does not recognise the quantized weights of this {_class(source)}")
     _carry_over(source, result, attachment)
-    _check_same_model(source, result, state, tensors)
+    _check_same_model(source, result, state, tensors, beside)
     if getattr(result, "is_dynamic", bool)():
         result.cached_patcher_init = (_load_diffusion_model, (tensors, {"dtype": _compute_dtype(source)}, metadata))
     return result
 
 
-def _not_loaded(source, what: str) -> ModelError:
-    return ModelError(
-        f"ComfyUI {COMFYUI_VERSION} {what} the quantized weights of this {type(source.model).__name__}: quantize its "
-        "file with Stochastic FP8 Quantize File instead"
-    )
+def check_recognised(source, network: Network) -> None:
+    """Raises ModelError where ComfyUI's loader would make another model of the quantized weights, before any work."""
+    config, detected = source.model.model_config, network.detected_config(network.metadata)
+    if detected is None:
+        raise _not_loaded(f"does not recognise the quantized weights of this {_class(source)}")
+    if not same_kind(detected, config):
+        other = f"as another model, {type(detected).__name__}"
+        fault = "with other settings" if type(detected) is type(config) else other
+        raise _not_loaded(f"would load the quantized {_class(source)} {fault}")
 
 
-def _check_same_model(source, result, state: ScaledStateDict, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises ModelError unless the loader made the same kind of model, with every weight that it was given."""
-    model, name = result.model, type(source.model).__name__
+def _class(source) -> str:
+    return type(source.model).__name__
+
+
+def _not_loaded(what: str) -> ModelError:
+    return ModelError(f"ComfyUI {COMFYUI_VERSION} {what}: quantize its file with Stochastic FP8 Quantize File instead")
+
+
+def _check_same_model(
+    source,
+    result,
+    state: ScaledStateDict,
+    tensors: Mapping[str, torch.Tensor],
+    beside: Mapping[str, torch.Tensor],
+) -> None:
+    """Raises ModelError unless the loader made the same kind of model, with every weight that it was given.
+
+    beside: those beside the network.
+    """
+    model = result.model
     if type(model) is not type(source.model):
         fault = f"as another model, {type(model).__name__}"
     elif plain_settings(model.model_config) != plain_settings(source.model.model_config):
@@ -114,25 +139,24 @@ def _check_same_model(source, result, state: ScaledStateDict, tensors: Mapping[s
     elif model.model_type != source.model.model_type and "model_sampling" not in result.object_patches:
         fault = f"with another kind of sampling, {model.model_type.name}"
     else:
+        loaded = beside_tensors(result)
         wrong = diffusion_network(result).differing(state, tensors)
+        wrong += [name for name in beside if name not in loaded or not samples_equal(loaded[name], beside[name])]
         if not wrong:
             return
         fault = f"without {len(wrong)} of its tensors, e.g. '{wrong[0]}'"
-    raise ModelError(
-        f"ComfyUI {COMFYUI_VERSION} would load the quantized {name} {fault}: quantize its file with Stochastic FP8 "
-        "Quantize File instead"
-    )
+    raise _not_loaded(f"would load the quantized {_class(source)} {fault}")
 
 
-def load_quantized_clip(source, encoders: Mapping[str, ScaledStateDict], attachment: dict):
+def load_quantized_clip(source, encoders: Mapping[Network, ScaledStateDict], attachment: dict):
     """A new CLIP of `source`'s class with the state dicts of some encoders, and everything else as in `source`.
 
-    encoders: prefix of an encoder in the CLIP, such as `t5xxl.transformer.` -> its state dict.
+    encoders: those of `source` that change -> their state dicts.
     """
     joined = ScaledStateDict()
-    for prefix, state in encoders.items():
-        joined.add(state, prefix)
-    backup, prefixes = source.patcher.backup, tuple(encoders)
+    for encoder, state in encoders.items():
+        joined.add(encoder.under_module_names(state), encoder.prefix)
+    backup, prefixes = source.patcher.backup, tuple(encoder.prefix for encoder in encoders)
     kept = {
         name: backup[name].weight if name in backup else tensor
         for name, tensor in source.cond_stage_model.state_dict().items()
@@ -148,16 +172,14 @@ def load_quantized_clip(source, encoders: Mapping[str, ScaledStateDict], attachm
     result.tokenizer_options = dict(source.tokenizer_options)
     _carry_over(source.patcher, result.patcher, attachment)
     _carry_patches(source.patcher, result.patcher, prefixes)
-    for network in text_networks(result).values():
-        if network.prefix in encoders:
-            names = (*encoders[network.prefix].tensors, *encoders[network.prefix].weights)
-            given = {name: tensors[network.prefix + name] for name in names}
-            wrong = network.differing(encoders[network.prefix], given)
-            if wrong:
-                raise ModelError(
-                    f"ComfyUI {COMFYUI_VERSION} would load the quantized {network.name} without {len(wrong)} of its "
-                    f"tensors, e.g. '{wrong[0]}': quantize its file with Stochastic FP8 Quantize File instead"
-                )
+    loaded = {network.prefix: network for network in text_networks(result).values()}
+    for encoder, state in encoders.items():
+        given = {name: tensors[encoder.key(name)] for name in (*state.tensors, *state.weights)}
+        wrong = loaded[encoder.prefix].differing(state, given)
+        if wrong:
+            raise _not_loaded(
+                f"would load the quantized {encoder.name} without {len(wrong)} of its tensors, e.g. '{wrong[0]}'"
+            )
     return result
 
 
@@ -172,18 +194,23 @@ def _carry_patches(source, result, without: tuple[str, ...]) -> None:
 
 
 def sampling_keys(model) -> dict[str, torch.Tensor]:
-    """Empty tensors and numbers by which ComfyUI's loader tells what a checkpoint was trained to predict."""
+    """Empty tensors and numbers by which ComfyUI's loader tells what a checkpoint of SDXL was trained to predict.
+
+    {} for families whose loader does not look for them.
+    """
     sampling = model.get_model_object("model_sampling")
     keys = {}
     if isinstance(sampling, comfy.model_sampling.V_PREDICTION):
         if isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
             for bound in ("sigma_max", "sigma_min"):
-                keys[f"edm_vpred.{bound}"] = torch.as_tensor(getattr(sampling, bound)).float()
+                keys[f"edm_vpred.{bound}"] = torch.as_tensor(getattr(sampling, bound), device="cpu").float()
         elif model.model.model_type.name == "V_PREDICTION":
-            keys["v_pred"] = torch.tensor([], dtype=torch.float32)
+            keys["v_pred"] = torch.tensor([], dtype=torch.float32, device="cpu")
             if getattr(sampling, "zsnr", False):
-                keys["ztsnr"] = torch.tensor([], dtype=torch.float32)
-    return keys
+                keys["ztsnr"] = torch.tensor([], dtype=torch.float32, device="cpu")
+    config = model.model.model_config
+    reader = type(config)(config.unet_config)  # reading changes it
+    return keys if keys and reader.model_type({}) != reader.model_type(keys) else {}
 
 
 def _load_diffusion_model(state: dict, options: dict, metadata: dict, **keywords):
@@ -285,7 +312,7 @@ def diffusion_prefix(model) -> str:
 
 
 def text_encoder_prefix(model, network: Network) -> str:
-    """The same for an encoder; those that can be quantized keep their names behind it."""
+    """The same for an encoder, whose tensors have the names in the module behind it."""
     (name,) = model.model.model_config.process_clip_state_dict_for_saving({network.prefix: None})
     return name
 

@@ -5,13 +5,13 @@ Network implements the engine's Weights.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 
 import comfy.lora
-import comfy.model_detection
 import comfy.model_management
 import comfy.ops
 import comfy.utils
@@ -25,11 +25,13 @@ from ..kernels.engine.weights import Read
 from ..kernels.files.header import TensorInfo
 from ..kernels.numerics.error_statistics import evenly_spaced
 from ..kernels.numerics.transfers import Prefetcher, to_device
-from ..kernels.selection.presets import DIFFUSION, TEXT_ENCODER
-from ..kernels.state_dict.layouts import FULL_PRECISION, MARKING_NAMES, ScaledLayer
+from ..kernels.selection.components import Components
+from ..kernels.selection.presets import DIFFUSION, NEVER_QUANTIZED, TEXT_ENCODER
+from ..kernels.state_dict.layouts import FULL_PRECISION, LEGACY_MARKER, MARKING_NAMES, ScaledLayer
 from ..kernels.state_dict.scaled_state_dict import ScaledStateDict, ScaledWeight, TensorEntry
 from ..kernels.state_dict.source_scales import dequantize_blocks
 from .devices import make_room
+from .published_names import detect_config, diffusion_names, encoder_names
 
 FLOAT8 = {float8.dtype for float8 in FORMATS.values()}
 
@@ -47,6 +49,8 @@ class ModelError(StochasticFP8Error, ValueError):
 class Network:
     """One network of a patcher: the module under `prefix`, such as `diffusion_model.`."""
 
+    nonfinite: Mapping[str, tuple[int, int]] = {}
+
     def __init__(self, patcher, prefix: str, name: str):
         """name: what reports and errors call it."""
         self.patcher = patcher
@@ -57,7 +61,7 @@ class Network:
         self._config = getattr(patcher.model, "model_config", None)
         self._bypass = bypass_patches(patcher)
         with patcher.use_ejected(), without_object_patches(patcher):
-            self._names = dict(self._published())
+            self._names = self._published()
             self.linear_names = self._find_linear_names()
 
     # What the engine asks (Weights)
@@ -83,18 +87,21 @@ class Network:
         config = self._config
         if config is None or self.kind != DIFFUSION:
             return {}
-        tensors = {name: self.tensor(name) for name in self._names}
-        detected = comfy.model_detection.model_config_from_unet(tensors, "")
-        if type(detected) is type(config) and plain_settings(detected) == plain_settings(config):
+        if same_kind(self.detected_config({}), config):
             return {}
-        settings = plain_settings(config) | plain_settings(type(config))
-        return {"config": json.dumps({"transformer": settings}, sort_keys=True)}
+        return {"config": json.dumps({"transformer": _loaded_settings(config)}, sort_keys=True)}
+
+    def detected_config(self, metadata: Mapping[str, str]):
+        """The configuration that ComfyUI's loader would make for a file of this model; None: not recognised."""
+        tensors = {name: self.tensor(name) for name in self._names}
+        return detect_config(tensors | beside_tensors(self.patcher), metadata)
 
     @property
     def notes(self) -> list[str]:
         """FP8 with other scales, or with none: ComfyUI 0.3.75 casts what a file in layout legacy does not scale."""
         others = [name for name in self._names if name not in self.scaled and name not in self._finely_scaled]
-        cast, fine = sum(self.tensor(name).dtype in FLOAT8 for name in others), len(self._finely_scaled)
+        cast = len(self._cast_by_loader) + sum(self.tensor(name).dtype in FLOAT8 for name in others)
+        fine = len(self._finely_scaled)
         notes = [finely_scaled_note(fine)] if fine else []
         if cast:
             notes.append(f"{count(cast, 'tensor')} cast to FP8 without a scale by ComfyUI's loader: the loss stays")
@@ -102,6 +109,7 @@ class Network:
 
     def check(self, names: Collection[str], recipe: Recipe) -> None:
         """Raises ModelError for weights that cannot be quantized from here: foreign formats, FP8 without a scale."""
+        self.check_readable()
         plain = set(self._names) - set(self.scaled) - self._finely_scaled
         for name in sorted(plain & {f"{linear}.weight" for linear in self.linear_names}):
             weight = self.tensor(name)
@@ -119,12 +127,20 @@ class Network:
                     f"{flag} and similar options, and start from the 16-bit file"
                 )
 
+    def check_readable(self) -> None:
+        """Raises ModelError for a network in scaled FP8 that ComfyUI reads in 16 bits only, such as CLIP-L."""
+        preset = Components(self.tensors, self.kind).main.preset
+        if preset.kind == NEVER_QUANTIZED and self.scaled:
+            raise self.error(f"is in scaled FP8, and {preset.reason}: load its 16-bit file instead")
+
     def entry(self, name: str) -> TensorEntry:
         """A tensor as numbers: scaled FP8 multiplied out, patches applied. Not a copy where neither is needed."""
         device = comfy.model_management.unet_offload_device()
         info = self.tensors[name]
         if name in self.scaled:  # and patched, or it would stay scaled
             info = TensorInfo("float32", info.shape)
+        elif self._patches(name):  # applied in fp32, and then loaded like the model's other tensors
+            info = TensorInfo.of(self.tensor(name))
         return TensorEntry(info, lambda: self.value(name, device))
 
     def input_scale(self, name: str) -> torch.Tensor | None:
@@ -153,12 +169,21 @@ class Network:
                 state.tensors[name] = TensorEntry(info, partial(self.stored, name))
         return state
 
+    def under_module_names(self, state: ScaledStateDict) -> ScaledStateDict:
+        """A state dict of this network under the names in the module. All-in-one checkpoints hold encoders so."""
+        return state.renamed({name: self._names.get(name, name) for name in (*state.tensors, *state.weights)})
+
     def _find_linear_names(self) -> set[str]:
-        """The names of the Linear modules, whatever class a quantized one has."""
-        return {
+        """The published names of the Linear modules, whatever class a quantized one has."""
+        modules = {
             name
             for name, module in self.module.named_modules()
             if isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
+        }
+        return {
+            published.removesuffix(".weight")
+            for published, name in self._names.items()
+            if name.endswith(".weight") and name.removesuffix(".weight") in modules
         }
 
     def differing(self, state: ScaledStateDict, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -172,7 +197,7 @@ class Network:
             if name in state.weights:
                 same = name in self.scaled and self._holds(name, state.weights[name])
             else:
-                same = name not in self.scaled and _samples_equal(self.tensor(name), tensors[name])
+                same = name not in self.scaled and samples_equal(self.tensor(name), tensors[name])
             if not same:
                 wrong.append(name)
         return wrong
@@ -180,11 +205,11 @@ class Network:
     def _holds(self, name: str, given: ScaledWeight) -> bool:
         """Whether a scaled weight has the codes and the scale that the loader was given."""
         loaded = self.scaled[name]
-        return bool(loaded.scale.cpu() == given.scale.cpu()) and _samples_equal(loaded.codes.read(), given.codes.read())
+        return bool(loaded.scale.cpu() == given.scale.cpu()) and samples_equal(loaded.codes.read(), given.codes.read())
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor without patches, wherever and in whatever class ComfyUI keeps it."""
-        key = self._key(name)
+        key = self.key(name)
         if key in self.patcher.backup:
             return _data(self.patcher.backup[key].weight)
         if key in self.patcher.hook_backup:
@@ -203,7 +228,7 @@ class Network:
         patches = self._patches(name)
         if not patches:
             return x
-        return comfy.lora.calculate_weight(patches, x.to(torch.float32, copy=True), self._key(name))
+        return comfy.lora.calculate_weight(patches, x.to(torch.float32, copy=True), self.key(name))
 
     def is_plain(self, name: str) -> bool:
         """Whether the value is the tensor itself: neither scaled FP8 nor patched."""
@@ -217,6 +242,19 @@ class Network:
             return self._dequantized(name).bfloat16()
         tensor = self.tensor(name).detach()
         return tensor if name in _DTYPE_MARKERS else narrow(tensor)
+
+    @cached_property
+    def _cast_by_loader(self) -> set[str]:
+        """Weights that a file in layout legacy does not scale: ComfyUI 0.3.75 casts them to FP8 and gives them scale 1.
+
+        Where every scale is 1, they are those of the file.
+        """
+        ones = {
+            name
+            for name in self.scaled
+            if self.scaled[name].scale == 1 and hasattr(self._codes(name)[2], "scale_weight")
+        }
+        return ones if len(ones) < len(self.scaled) else set()
 
     @cached_property
     def _finely_scaled(self) -> set[str]:
@@ -250,44 +288,35 @@ class Network:
             prefetcher.prefetch(tensor)
 
     def _patches(self, name: str) -> list[tuple]:
-        key = self._key(name)
+        key = self.key(name)
         return [*self.patcher.patches.get(key, ()), *self._bypass.get(key, ())]
 
-    def _key(self, name: str) -> str:
+    def owner(self, name: str) -> torch.nn.Module:
+        """The module that a tensor belongs to. name: its published name."""
+        return self.module.get_submodule(self._names[name].rpartition(".")[0])
+
+    def key(self, name: str) -> str:
+        """The name of a tensor in the patcher's model."""
         return self.prefix + self._names[name]
 
-    def _published(self) -> Iterator[tuple[str, str]]:
-        """(published name, name in the module) of every tensor that a file holds."""
-        tensors = dict(self.module.named_parameters(remove_duplicate=False))
-        tensors |= dict(self.module.named_buffers(remove_duplicate=False))
+    def _published(self) -> dict[str, str]:
+        """Published name -> name in the module, of every tensor that a file holds."""
+        every = dict(self.module.named_parameters(remove_duplicate=False))
+        every |= dict(self.module.named_buffers(remove_duplicate=False))
         saved = self.module.state_dict()
-        for name in tensors:
-            if name in saved and name.rpartition(".")[2] not in MARKING_NAMES:
-                yield self._published_name(name), name
+        tensors = {name: tensor for name, tensor in every.items() if name in saved and not _is_marking(name, every)}
+        if self.kind == TEXT_ENCODER:
+            names = encoder_names(tensors)
+        elif self._config is None:
+            names = {name: name for name in tensors}
+        else:
+            names = diffusion_names(self._config, tensors, self._norms())
+        return {published: name for name, published in names.items()}
 
-    def _published_name(self, name: str) -> str:
-        """The `weight` of an RMSNorm is `scale` in the files of some families; newer versions rename it on loading."""
-        owner, _, ending = name.rpartition(".")
-        if ending != "weight" or "RMSNorm" not in type(comfy.utils.get_attr(self.module, owner)).__name__:
-            return name
-        published = f"{owner}.scale"
-        return published if self._loaded_name(published) == name else name
-
-    def _loaded_name(self, published: str) -> str:
-        """What the loader of this family makes of the name of a tensor."""
-        if self._config is None or self.kind != DIFFUSION:
-            return published
-        try:
-            (name,) = self._config.process_unet_state_dict({published: None})
-        except (
-            StopIteration,
-            KeyError,
-            AttributeError,
-            TypeError,
-            ValueError,
-        ):  # it wants to see the other tensors too
-            return published
-        return name
+    def _norms(self) -> set[str]:
+        """The names in the module of the weights of RMSNorms."""
+        modules = self.module.named_modules(remove_duplicate=False)
+        return {f"{name}.weight" for name, module in modules if "RMSNorm" in type(module).__name__}
 
     def _scaled(self, name: str) -> ScaledWeight | None:
         """A weight in FP8 with one scale."""
@@ -311,12 +340,11 @@ class Network:
 
         (None, None, module) for any other tensor. Raises ModelError for other quantizations.
         """
-        weight = self.tensor(name)
-        module = comfy.utils.get_attr(self.module, self._names[name].rpartition(".")[0]) if "." in name else self.module
+        weight, module = self.tensor(name), self.owner(name)
         if hasattr(weight, "_qdata"):
             codes, scale = weight._qdata, _scale(weight)
         elif name.endswith(".weight") and weight.dtype in FLOAT8 and hasattr(module, "scale_weight"):
-            codes, scale = weight, module.scale_weight
+            codes, scale = weight, module.get_parameter("scale_weight")
         else:
             return None, None, module
         if codes.dtype not in FLOAT8 or scale is None:
@@ -354,6 +382,34 @@ def plain_settings(config) -> dict:
     return {key: value for key, value in config.unet_config.items() if isinstance(value, (str, int, float, bool, list))}
 
 
+def same_kind(config, other) -> bool:
+    """Whether two model configurations make the same kind of model."""
+    return type(config) is type(other) and _loaded_settings(config) == _loaded_settings(other)
+
+
+def _loaded_settings(config) -> dict:
+    """The settings that a model is loaded with. Some models change those of their class afterwards (Wan FlowRVS)."""
+    return plain_settings(config) | plain_settings(type(config))
+
+
+def beside_tensors(patcher) -> dict[str, torch.Tensor]:
+    """The weights of a diffusion model beside its network, by the names that its class gives them in files: Stable
+    Audio's conditioners, Stable Zero123's projection. ComfyUI's loader wants them in the file of the network."""
+    model = patcher.model
+    parameters = {name: each for name, each in model.named_parameters() if not name.startswith("diffusion_model.")}
+    if not parameters:
+        return {}
+    takes_network = "unet_state_dict" in inspect.signature(model.state_dict_for_saving).parameters
+    saved = model.state_dict_for_saving({}) if takes_network else model.state_dict_for_saving()
+    (prefix,) = model.model_config.process_unet_state_dict_for_saving({"": None})
+    beside = {
+        name: tensor
+        for name, tensor in saved.items()
+        if torch.is_tensor(tensor) and tensor.numel() and not name.startswith(prefix)
+    }
+    return {name: narrow(_data(tensor)) for name, tensor in (beside or parameters).items()}
+
+
 def bypass_managers(injections: Iterable) -> Iterator:
     """The managers of LoRAs in bypass mode behind some injections; none in versions without that mode."""
     known = getattr(comfy.weight_adapter, "BypassInjectionManager", None)
@@ -389,13 +445,22 @@ def narrow(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _is_marking(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor of a module describes a scaled FP8 weight beside it. Others may have such names, too."""
+    owner, dot, ending = name.rpartition(".")
+    if ending == LEGACY_MARKER:
+        return tensors[name].dtype in FLOAT8
+    weight = tensors.get(f"{owner}{dot}weight")
+    return ending in MARKING_NAMES and weight is not None and (hasattr(weight, "_qdata") or weight.dtype in FLOAT8)
+
+
 def _data(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor without autograd. After ComfyUI has unloaded a model, its weights can be inference tensors, of which
     PyTorch refuses views outside of inference mode; it does not refuse those of `.data`."""
     return tensor.data if type(tensor) in (torch.Tensor, torch.nn.Parameter) else tensor
 
 
-def _samples_equal(loaded: torch.Tensor, given: torch.Tensor) -> bool:
+def samples_equal(loaded: torch.Tensor, given: torch.Tensor) -> bool:
     """Whether some evenly spaced values are equal, up to the rounding to the loaded dtype."""
     if loaded.numel() != given.numel():
         return False

@@ -7,19 +7,28 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import folder_paths
+from comfyui_version import __version__ as COMFYUI_VERSION
 
 from ..kernels import KeptTensor, LayerReport, Recipe, Report
-from ..kernels.engine.file_job import plan_file
+from ..kernels.calibration.file import load_calibration
+from ..kernels.calibration.moments import Calibration
+from ..kernels.engine.file_job import plan_job, report_plan
 from ..kernels.engine.file_weights import FileWeights
 from ..kernels.engine.quantization import Quantization
-from ..kernels.errors import StochasticFP8Error, file_error
-from ..kernels.files.reader import Source, open_source
+from ..kernels.errors import CalibrationError, StochasticFP8Error, file_error
+from ..kernels.files.reader import Source, is_index, is_safetensors
 from ..kernels.report.report import join_reports
-from ..kernels.selection.presets import DIFFUSION, TEXT_ENCODER, Components, diffusers_model
+from ..kernels.selection.components import Components
+from ..kernels.selection.foreign import diffusers_model
+from ..kernels.selection.presets import DIFFUSION, TEXT_ENCODER
 from ..kernels.selection.reasons import Reason
+from ..kernels.selection.selection import MEASURED
+from ..kernels.state_dict.compatibility import DEGRADED, check_usable, layout_verdicts, verdict_of
 from . import models
+from .calibration import FOLDER, list_calibrations
 from .demo import MODELS
-from .files import OUTPUT_FOLDERS, find_source
+from .diffusers_names import open_native
+from .files import check_detected, check_entries, check_folder, find_source, is_listed
 
 PARTS = {"file": "the whole file", "model": "its diffusion model", "clip": "its text encoders"}
 
@@ -34,19 +43,33 @@ class NoSuchFile(StochasticFP8Error, ValueError):
     """A name that ComfyUI's loaders do not list."""
 
 
-def make_plan(file: str, part: str, recipe: Recipe, requantize: bool = False) -> dict:
+def make_plan(
+    file: str,
+    part: str,
+    recipe: Recipe,
+    requantize: bool = False,
+    calibration: str = "",
+    for_another_comfyui: bool = False,
+) -> dict:
     """What becomes of the tensors of a file, as JSON.
 
-    file: `kind/name` as the file node lists it. part: one of PARTS.
+    file: `kind/name` as the file node lists it. part: one of PARTS. calibration: the same for a file that Load FP8
+    Calibration lists, for layers `measured`.
     Raises NoSuchFile, and ValueError (one line) for what cannot be quantized so.
     """
     path = _model_path(file)
+    known = _calibration(calibration) if recipe.layers == MEASURED else None
     if part == "file":
-        return describe(plan_file(path, recipe, requantize=requantize))
+        with open_native(path) as source:
+            job = plan_job(source, recipe, known, requantize=requantize)
+            report = report_plan(job)
+            return describe(report) | _in_versions(file.partition("/")[0], source, job, report, for_another_comfyui)
     models.check_runs(recipe.format)
-    with open_source(path) as source:
-        reports = [Quantization(weights, recipe).report() for weights in _networks(source, part)]
-    return describe(join_reports(reports, path.name))
+    with open_native(path) as source:
+        jobs = [Quantization(weights, recipe, known) for weights in _networks(source, part)]
+        problems = [text for job in jobs if part == "model" for text in _nothing_left(job)]
+        reports = [job.report() for job in jobs]
+    return describe(join_reports(reports, path.name)) | {"problems": problems}
 
 
 def describe(report: Report) -> dict:
@@ -67,7 +90,44 @@ def describe(report: Report) -> dict:
         | {"bytes_after": sum(layer.bytes_after for layer in report.layers)},
         "kept": sorted(rows, key=lambda row: -row["bytes"]),
         "hits": [{"pattern": name, "count": n, "yours": name in users} for name, n in report.pattern_hits],
+        "problems": [],
         "notes": list(report.notes),
+        "elsewhere": [],
+    }
+
+
+def _nothing_left(job: Quantization) -> Iterator[str]:
+    """Why the run would fail, if there is nothing to quantize."""
+    try:
+        job.check_anything_left()
+    except StochasticFP8Error as error:
+        yield str(error)
+
+
+def _in_versions(kind: str, source: Source, job: Quantization, report: Report, for_another_comfyui: bool) -> dict:
+    """What the running ComfyUI would make of the file badly (`problems`), what other versions would make of it
+    (`elsewhere`), and the other notes.
+
+    kind: the folder of the source.
+    """
+    layout, components = job.recipe.layout, job.selection.components
+    verdicts = layout_verdicts(layout, job.formats, components)
+    running = verdict_of(COMFYUI_VERSION, verdicts)
+    problems = []
+    try:
+        if not for_another_comfyui:
+            check_entries(layout, [job.recipe.format])
+            check_folder(kind, source)
+            check_usable(COMFYUI_VERSION, layout, [job.recipe.format], components, kept=job.kept_formats)
+            check_detected(source)
+            problems += [str(running)] * (running.outcome == DEGRADED)
+    except ValueError as error:
+        problems.append(str(error))
+    known = [str(verdict) for verdict in verdicts]
+    return {
+        "problems": problems,
+        "notes": [note for note in report.notes if note not in known or (note == str(running) and not problems)],
+        "elsewhere": [note for note in report.notes if note in known and note != str(running)],
     }
 
 
@@ -94,15 +154,31 @@ def _model_path(file: str) -> Path:
     """The path of a file that ComfyUI lists. It may be a link to another disk, which the loaders follow as well."""
     if file == DEMO:
         return MODELS / "tiny_sd3_landscapes.safetensors"
-    kind, _, name = file.partition("/")
-    if not name.endswith(".safetensors"):
+    if not is_safetensors(file) and not is_index(file):
         raise NoSuchFile(f"{file}: a plan needs a .safetensors file, the only kind that is read")
-    if kind not in OUTPUT_FOLDERS or name not in folder_paths.get_filename_list(kind):
+    if not is_listed(file):
         raise NoSuchFile(f"{file}: ComfyUI lists no such file among its models")
     try:
         return find_source(file)[1]
     except FileNotFoundError:
         raise NoSuchFile(f"{file}: is missing, or is a link that leads nowhere") from None
+
+
+def _calibration(name: str) -> Calibration | None:
+    """The calibration of a file that is listed. Raises CalibrationError without measured effects: the plan would have
+    to read the whole model."""
+    kind, _, listed = name.partition("/")
+    if not name:
+        return None
+    if kind != FOLDER or listed not in list_calibrations():
+        raise NoSuchFile(f"{name}: ComfyUI lists no such calibration")
+    calibration = load_calibration(folder_paths.get_full_path_or_raise(FOLDER, listed))
+    if calibration.sensitivity is None:
+        raise CalibrationError(
+            f"{listed} has no measured effects: measure them with FP8 Sensitivity, or press Run to choose by predicted "
+            "errors"
+        )
+    return calibration
 
 
 def _networks(source: Source, part: str) -> Iterator[FileWeights]:
@@ -116,5 +192,7 @@ def _networks(source: Source, part: str) -> Iterator[FileWeights]:
         yield FileWeights(source, component=components.main, kind=DIFFUSION, requantize=True)
         return
     encoders = [component for component in components.others if component.family != "vae"]
+    if components.all_in_one and not encoders:
+        raise file_error(source.path, "holds no text encoder: load one with a CLIP loader")
     for component in encoders if components.all_in_one else [components.main]:
         yield FileWeights(source, component=component, kind=TEXT_ENCODER, requantize=True)

@@ -12,7 +12,7 @@ from comfyui_version import __version__ as COMFYUI_VERSION
 from ..kernels.choices import choose
 from ..kernels.engine.quantization import RECIPE_ENTRY
 from ..kernels.errors import CheckpointError
-from ..kernels.selection.presets import Components
+from ..kernels.selection.components import Components
 from ..kernels.state_dict.compatibility import EXACT, check_usable, layout_verdicts, verdict_of
 from ..kernels.state_dict.layouts import LAYOUTS
 from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
@@ -27,7 +27,8 @@ from .files import (
     target_path,
     workflow_metadata,
 )
-from .networks import ModelError, Network, narrow
+from .live import files_output
+from .networks import ModelError, Network, beside_tensors, narrow
 from .options import another_comfyui_input, filename_output, layout_input
 from .progress import JobProgress
 from .schema import CATEGORY, newer
@@ -40,7 +41,7 @@ def model_contents(model) -> ScaledStateDict:
     network = models.diffusion_network(model)
     _check_quantized([network], "MODEL", "Stochastic FP8 Quantize")
     contents = network.saved_state_dict()
-    contents.add_tensors(models.sampling_keys(model))
+    contents.add_tensors(models.sampling_keys(model) | beside_tensors(model))
     return contents
 
 
@@ -64,14 +65,15 @@ def checkpoint_contents(model, clip, vae) -> ScaledStateDict:
     _check_quantized([network], "MODEL", "Stochastic FP8 Quantize")
     contents = ScaledStateDict(metadata=network.metadata)
     contents.add(network.saved_state_dict(), models.diffusion_prefix(model))
-    contents.add_tensors(models.sampling_keys(model))
+    contents.add_tensors(models.sampling_keys(model) | beside_tensors(model))
     if clip is not None:
         scaled = []
         for encoder in models.text_networks(clip).values():
-            _check_patches(encoder, "CLIP")
+            _check_savable(encoder, "CLIP")
             if encoder.scaled:
                 scaled.append(encoder)
-                contents.add(encoder.saved_state_dict(), models.text_encoder_prefix(model, encoder))
+                state = encoder.under_module_names(encoder.saved_state_dict())
+                contents.add(state, models.text_encoder_prefix(model, encoder))
         contents.add_tensors(models.plain_text_tensors(model, clip, without=scaled))
     if vae is not None:
         contents.add_tensors({name: narrow(tensor) for name, tensor in models.vae_tensors(model, vae).items()})
@@ -140,12 +142,14 @@ class StochasticFP8Save(io.ComfyNode):
         recipe = owner.attachments.get(models.ATTACHMENT)
         if recipe:
             metadata[RECIPE_ENTRY] = json.dumps(recipe | {"layout": layout}, sort_keys=True)
-        names = []
+        saved = {}
         for encoder, contents in files.items():
             path = target_path(kind, f"{prefix}_{encoder}" if len(files) > 1 else prefix)
             _write(path, contents, layout, metadata)
-            names.append(loader_name(kind, path))
-        return io.NodeOutput("\n".join(names), ui=ui.PreviewText("\n".join(names)))
+            saved[loader_name(kind, path)] = path
+        names = "\n".join(saved)
+        shown = {**ui.PreviewText(names).as_dict(), **files_output(OUTPUT_FOLDERS[kind], saved)}
+        return io.NodeOutput(names, ui=shown)
 
 
 def _check_usable(contents: ScaledStateDict, layout: str, for_another_comfyui: bool) -> None:
@@ -176,12 +180,14 @@ def _write(path: Path, contents: ScaledStateDict, layout: str, metadata: dict[st
 
 def _check_quantized(networks, what: str, node: str) -> None:
     for network in networks:
-        _check_patches(network, what)
-    if not any(network.scaled for network in networks):
+        _check_savable(network, what)
+    kept = any(models.ATTACHMENT in network.patcher.attachments for network in networks)  # all of it, by a limit
+    if not kept and not any(network.scaled for network in networks):
         raise ModelError(f"this {what} is not quantized: put {node} before Save Scaled FP8 Model")
 
 
-def _check_patches(network: Network, what: str) -> None:
+def _check_savable(network: Network, what: str) -> None:
+    network.check_readable()
     patched = network.patched
     if patched:
         raise ModelError(

@@ -5,6 +5,7 @@ trained networks have. ``*_shapes`` say what a family's files hold (ComfyUI read
 ``state_dict`` fills them; the ``write_*`` functions save a file and return its path.
 """
 
+import json
 import math
 import zlib
 from pathlib import Path
@@ -67,6 +68,21 @@ def save(tensors, path, metadata=None):
     return path
 
 
+def write_set(path, parts, tensors):
+    """Write the files of a set and its index, such as ``model.safetensors.index.json``. Returns the index's path.
+
+    path: what the file would be called in one piece. parts: the names of each file's tensors.
+    """
+    weight_map = {}
+    for number, names in enumerate(parts, 1):
+        name = f"{path.stem}-{number:05}-of-{len(parts):05}{path.suffix}"
+        save({key: tensors[key] for key in names}, path.with_name(name))
+        weight_map |= dict.fromkeys(names, name)
+    index = path.with_name(f"{path.stem}.safetensors.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
 # --- diffusion models
 
 
@@ -101,6 +117,33 @@ def _sd3_stream_shapes(prefix, hidden, only_attends):
     shapes |= linear_shapes(f"{prefix}.attn.proj", hidden, hidden)
     shapes |= linear_shapes(f"{prefix}.mlp.fc1", hidden, 4 * hidden)
     return shapes | linear_shapes(f"{prefix}.mlp.fc2", 4 * hidden, hidden)
+
+
+def flux_shapes(depth=1, hidden=128, context=64, pooled=64):
+    """Flux 1: heads of 128, 16 latent channels. ComfyUI 0.3.75 takes 24 heads for granted, and only detects it."""
+    shapes = {
+        **linear_shapes("img_in", 64, hidden),
+        **linear_shapes("txt_in", context, hidden),
+        **linear_shapes("final_layer.linear", hidden, 64),
+        **linear_shapes("final_layer.adaLN_modulation.1", hidden, 2 * hidden),
+    }
+    for name, width in (("time_in", 256), ("guidance_in", 256), ("vector_in", pooled)):
+        shapes |= linear_shapes(f"{name}.in_layer", width, hidden) | linear_shapes(f"{name}.out_layer", hidden, hidden)
+    for block in range(depth):
+        for stream in ("img", "txt"):
+            prefix = f"double_blocks.{block}.{stream}"
+            shapes |= linear_shapes(f"{prefix}_mod.lin", hidden, 6 * hidden)
+            shapes |= linear_shapes(f"{prefix}_attn.qkv", hidden, 3 * hidden)
+            shapes |= linear_shapes(f"{prefix}_attn.proj", hidden, hidden)
+            shapes |= linear_shapes(f"{prefix}_mlp.0", hidden, 4 * hidden)
+            shapes |= linear_shapes(f"{prefix}_mlp.2", 4 * hidden, hidden)
+            shapes |= {f"{prefix}_attn.norm.{part}_norm.scale": (128,) for part in ("query", "key")}
+        prefix = f"single_blocks.{block}"
+        shapes |= linear_shapes(f"{prefix}.linear1", hidden, 7 * hidden)
+        shapes |= linear_shapes(f"{prefix}.linear2", 5 * hidden, hidden)
+        shapes |= linear_shapes(f"{prefix}.modulation.lin", hidden, 3 * hidden)
+        shapes |= {f"{prefix}.norm.{part}_norm.scale": (128,) for part in ("query", "key")}
+    return shapes
 
 
 def wan_shapes(layers=2, dim=128, feed_forward=256, text_width=4096):
@@ -175,6 +218,11 @@ def _attention_and_mlp_shapes(attention, mlp, dim):
 def write_sd3(path, *, depth=2, context=64, pooled=64, seed=0, dtype=torch.bfloat16, metadata=None):
     """A Stable Diffusion 3 diffusion model, for UNETLoader."""
     return save(state_dict(sd3_shapes(depth, context, pooled), seed=seed, dtype=dtype), path, metadata)
+
+
+def write_flux(path, *, seed=0, dtype=torch.bfloat16):
+    """A Flux model, for UNETLoader of newer versions."""
+    return save(state_dict(flux_shapes(), seed=seed, dtype=dtype), path)
 
 
 def write_wan(path, *, layers=2, dim=128, seed=0, dtype=torch.bfloat16, metadata=None):

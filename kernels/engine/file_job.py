@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from ..calibration.file import load_calibration
 from ..calibration.moments import Calibration
 from ..errors import file_error
-from ..files.reader import open_source
+from ..files.reader import Source, open_source
 from ..files.writer import check_target, refuse_same_file
 from ..progress import Meter, ProgressCallback
 from ..recipe import Recipe, recipe_from
 from ..report.report import Report
 from ..state_dict.compatibility import EXACT, Verdict, check_usable, layout_verdicts, verdict_of
+from ..state_dict.size import METADATA_BYTES, metadata_bytes
 from ..state_dict.write import write_state_dict
 from .file_weights import FileWeights
 from .quantization import RECIPE_ENTRY, LayerCallback, Quantization, recipe_entry
@@ -29,7 +31,7 @@ log = logging.getLogger("stochastic_fp8")
 
 
 def quantize_file(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Source,
     target: str | os.PathLike[str],
     recipe: Recipe | None = None,
     *,
@@ -46,10 +48,10 @@ def quantize_file(
 ) -> Report:
     """Quantize a checkpoint file to a new scaled FP8 file, which is verified before it appears.
 
-    source: a .safetensors file, or the .safetensors.index.json of several. recipe: the choices; its fields can be given
-    as keywords instead. calibration: recorded layer inputs, or their file, for rounding "calibrated" and for the input
-    scales of matmul "fp8". requantize: allow layers that are already in this format. metadata: entries to add.
-    for_comfyui: a version of ComfyUI that must be able to use the file, such as "0.3.75".
+    source: a .safetensors file, the .safetensors.index.json of several, or an open Source. recipe: the choices; its
+    fields can be given as keywords instead. calibration: recorded layer inputs, or their file, for rounding
+    "calibrated" and for the input scales of matmul "fp8". requantize: allow layers that are already in this format.
+    metadata: entries to add. for_comfyui: a version of ComfyUI that must be able to use the file, such as "0.3.75".
     Weights that are scaled FP8 are dequantized first. Tensors that are not quantized keep every bit. The same source
     and recipe give the same file, byte for byte (calibrated rounding: on one device and version of torch).
 
@@ -58,11 +60,20 @@ def quantize_file(
     TypeError: a recipe and keywords. The target is then unchanged.
     """
     recipe, calibration, target = recipe_from(recipe, choices), _opened(calibration), Path(target)
-    with open_source(source) as opened:
+    with _opened_source(source) as opened:
         refuse_same_file(opened, target)
         check_target(target, overwrite)
         weights = FileWeights(opened, requantize=requantize)
-        job = Quantization(weights, recipe, calibration, device=device, statistics=statistics, observe=observe)
+        job = Quantization(
+            weights,
+            recipe,
+            calibration,
+            device=device,
+            statistics=statistics,
+            observe=observe,
+            progress=progress,
+            reserved=max(0, metadata_bytes(metadata or {}) - METADATA_BYTES // 2),
+        )
         job.check_anything_left()
         _check_usable(job, target, for_comfyui)
         look_first = recipe.nonfinite == "keep"  # the header of a file holds all sizes
@@ -100,7 +111,7 @@ def quantize_file(
 
 
 def plan_file(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Source,
     recipe: Recipe | None = None,
     *,
     calibration: Calibration | str | os.PathLike[str] | None = None,
@@ -111,11 +122,22 @@ def plan_file(
 
     Raises as quantize_file does before it begins to write.
     """
-    with open_source(source) as opened:
-        weights = FileWeights(opened, requantize=requantize)
-        job = Quantization(weights, recipe_from(recipe, choices), _opened(calibration))
-        job.check_anything_left()
-        return _report(job, _verdicts(job))
+    with _opened_source(source) as opened:
+        return report_plan(plan_job(opened, recipe_from(recipe, choices), _opened(calibration), requantize=requantize))
+
+
+def plan_job(
+    source: Source, recipe: Recipe, calibration: Calibration | None = None, *, requantize: bool = False
+) -> Quantization:
+    """The quantization of a file, checked but not carried out. Raises as plan_file does."""
+    job = Quantization(FileWeights(source, requantize=requantize), recipe, calibration)
+    job.check_anything_left()
+    return job
+
+
+def report_plan(job: Quantization) -> Report:
+    """The report of a planned job, with what ComfyUI versions make of its file."""
+    return _report(job, _verdicts(job))
 
 
 def read_weights(
@@ -139,7 +161,7 @@ def _check_usable(job: Quantization, target: Path, version: str | None) -> None:
     if version is None:
         return
     try:
-        check_usable(version, job.recipe.layout, job.formats, job.selection.components)
+        check_usable(version, job.recipe.layout, [job.recipe.format], job.selection.components, kept=job.kept_formats)
     except ValueError as error:
         raise file_error(target, str(error)) from error
 
@@ -164,6 +186,11 @@ def _losses(found: Sequence[Verdict], version: str | None) -> list[Verdict]:
     """The verdicts that are not exact, of one version or of all."""
     running = found if version is None else (verdict_of(version, found),)
     return [verdict for verdict in running if verdict.outcome != EXACT]
+
+
+def _opened_source(source: str | os.PathLike[str] | Source) -> AbstractContextManager[Source]:
+    """The source, which is closed at the end of the block unless the caller has opened it."""
+    return nullcontext(source) if isinstance(source, Source) else open_source(source)
 
 
 def _opened(calibration: Calibration | str | os.PathLike[str] | None) -> Calibration | None:

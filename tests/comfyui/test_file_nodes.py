@@ -1,21 +1,26 @@
 """The nodes that work on files: quantize a file, inspect and repair."""
 
 import json
+import re
 import shutil
+import urllib.error
 
 import pytest
 import tiny_models
 import torch
 from comfyui.graph import Graph
 from comfyui.pack import (
+    FAMILIES,
     FILE_OPTIONS,
     RECIPE,
     multiplied_out,
+    quantize,
     quantize_and_save,
+    save,
     temporary_files,
     write_oracle,
 )
-from comfyui.server import ExecutionError, PromptRejected
+from comfyui.server import ExecutionError, PromptRejected, comfyui_dir
 from safetensors.torch import load_file, save_file
 
 
@@ -70,6 +75,187 @@ def test_a_changed_file_is_quantized_again(bench):
     assert bench.texts(graph, node) == ["changing_00001_.safetensors"]
     tiny_models.write_sd3(path, seed=2, depth=3)
     assert bench.texts(graph, node) == ["changing_00002_.safetensors"]
+
+
+def listed(bench, node="StochasticFP8QuantizeFile"):
+    """The choices of the input `file`."""
+    kind, *options = bench.server.object_info(node)["input"]["required"]["file"]
+    return kind if isinstance(kind, list) else options[0]["options"]
+
+
+def write_set(bench, name, seed=0, **tensors):
+    """A model as a set of two files under models/diffusion_models. Returns the path of its index."""
+    tensors |= tiny_models.state_dict(tiny_models.sd3_shapes(), seed=seed)
+    names = sorted(tensors)
+    return tiny_models.write_set(bench.server.models("diffusion_models") / name, [names[::2], names[1::2]], tensors)
+
+
+def test_a_set_is_listed_once_as_its_index(bench):
+    write_set(bench, "sets/one.safetensors")
+    lonely = write_set(bench, "sets/lonely.safetensors")
+    lonely.unlink()
+    variant = write_set(bench, "sets/two.fp16.safetensors")
+    variant.rename(variant.with_name("two.safetensors.index.fp16.json"))
+    for node in ("StochasticFP8QuantizeFile", "StochasticFP8Inspect"):
+        assert [file for file in listed(bench, node) if "/sets/" in file] == [
+            f"diffusion_models/sets/{name}"
+            for name in (
+                "lonely-00001-of-00002.safetensors",
+                "lonely-00002-of-00002.safetensors",
+                "one.safetensors.index.json",
+                "two.safetensors.index.fp16.json",
+            )
+        ]
+
+
+def test_a_set_gives_the_file_that_its_model_in_one_piece_gives(bench):
+    index = write_set(bench, "split/one.safetensors")
+    tiny_models.write_sd3(bench.server.models("diffusion_models") / "whole.safetensors")
+    files = []
+    for file in (f"diffusion_models/split/{index.name}", "diffusion_models/whole.safetensors"):
+        graph = Graph()
+        files.append(load_file(bench.saved(bench.texts(graph, quantize_file(graph, file, "of_set"))[0])))
+        answer = bench.server.post("/stochastic_fp8/plan", {"file": file})
+        quantized = sum(tensor.dtype == torch.float8_e4m3fn for tensor in files[-1].values())
+        assert answer["quantized"]["count"] == quantized == 13
+    assert files[0].keys() == files[1].keys()
+    assert all(
+        torch.equal(files[0][key].view(torch.uint8), files[1][key].view(torch.uint8))
+        for key in files[0]
+        if files[0][key].ndim
+    )
+
+
+def test_a_set_is_quantized_again_when_one_of_its_files_changes(bench):
+    index = write_set(bench, "growing/one.safetensors")
+    graph = Graph()
+    node = quantize_file(graph, f"diffusion_models/growing/{index.name}", "growing")
+    assert bench.texts(graph, node) == ["growing_00001_.safetensors"]
+    assert bench.texts(graph, node) == ["growing_00001_.safetensors"]
+    second = index.with_name("one-00002-of-00002.safetensors")
+    save_file({key: tensor + 1 for key, tensor in load_file(second).items()}, second)
+    assert bench.texts(graph, node) == ["growing_00002_.safetensors"]
+
+
+def test_inspecting_a_set(bench):
+    path = quantize_and_save(bench, "sd3", "whole_fp8")
+    tensors = load_file(path)
+    names = sorted(tensors)
+    target = bench.server.models("diffusion_models") / "fp8" / "one.safetensors"
+    index = tiny_models.write_set(target, [names[::2], names[1::2]], tensors)
+    graph = Graph()
+    text = bench.texts(graph, inspect(graph, f"diffusion_models/fp8/{index.name}", repair=True, prefix="joined"))[0]
+    assert "one.safetensors.index.json" in text
+    assert "21 scaled FP8 layers" in text
+    assert "Repaired copy: joined_00001_.safetensors" in text  # the set has no header entries
+    joined = load_file(bench.saved("joined_00001_.safetensors"))
+    assert joined.keys() == tensors.keys()
+
+
+def test_one_file_of_a_set_is_refused_with_the_way_out(bench):
+    write_set(bench, "shards/alone.safetensors").unlink()
+    file = "diffusion_models/shards/alone-00001-of-00002.safetensors"
+    graph = Graph()
+    quantize_file(graph, file, "never")
+    way_out = "is file 1 of the 2 that hold one model; give the .safetensors.index.json of the set"
+    with pytest.raises(ExecutionError, match=way_out):
+        bench.server.queue(graph.prompt)
+
+
+@pytest.mark.parametrize("name", ["capitals.SAFETENSORS", "short.sft", "SHORT.SFT"])
+def test_other_endings_of_safetensors_files(bench, name):
+    shutil.copy(bench.model_file("sd3"), bench.server.models("diffusion_models") / name)
+    file = f"diffusion_models/{name}"
+    assert file in listed(bench)
+    assert file in listed(bench, "StochasticFP8Inspect")
+    assert bench.server.post("/stochastic_fp8/plan", {"file": file})["quantized"]["count"] == 21
+    graph = Graph()
+    saved = bench.texts(graph, quantize_file(graph, file, "ending"))[0]
+    graph = Graph()
+    assert "has no FP8 weights" in bench.texts(graph, inspect(graph, file))[0]
+    assert bench.sampled("sd3", saved).isfinite().all()
+
+
+def test_a_model_that_this_comfyui_does_not_know_is_refused(bench):
+    if (comfyui_dir() / "comfy" / "ldm" / "krea2").exists():
+        pytest.skip("this ComfyUI knows Krea 2")
+    names = ("txtfusion.projector", "first", "last.linear", *(f"blocks.{n}.attn.wq" for n in range(4)))
+    path = bench.server.models("diffusion_models") / "krea2.safetensors"
+    save_file({f"{name}.weight": torch.ones(32, 32) for name in names}, path)
+    graph = Graph()
+    quantize_file(graph, f"diffusion_models/{path.name}", "unknown_here")
+    with pytest.raises(ExecutionError, match=r"does not recognise this model \(Krea 2\)"):
+        bench.run(graph)
+    graph = Graph()
+    node = quantize_file(graph, f"diffusion_models/{path.name}", "unknown_here", for_another_comfyui=True)
+    assert bench.texts(graph, node) == ["unknown_here_00001_.safetensors"]
+
+
+def plan(bench, file, **choices):
+    return bench.server.post("/stochastic_fp8/plan", {"file": file, **choices})
+
+
+WRONG_FOLDERS = {
+    ("text_encoders", "wan"): "diffusion_models",
+    ("diffusion_models", "t5xxl"): "text_encoders",
+    ("checkpoints", "t5xxl"): "text_encoders",
+}
+"""(folder, model) -> where it belongs."""
+
+
+@pytest.mark.parametrize(("folder", "model"), WRONG_FOLDERS)
+def test_a_model_in_the_folder_of_another_kind_is_refused(bench, folder, model):
+    file, belongs = f"{folder}/misplaced_{model}.safetensors", WRONG_FOLDERS[folder, model]
+    write = {"wan": tiny_models.write_wan, "t5xxl": tiny_models.write_t5xxl}[model]
+    write(bench.server.models(folder) / f"misplaced_{model}.safetensors")
+    way_out = f"Move the file to models/{belongs}, or turn on for_another_comfyui"
+    (problem,) = plan(bench, file, layout="legacy")["problems"]
+    assert way_out in problem
+    assert not plan(bench, file, layout="legacy", for_another_comfyui=True)["problems"]
+    graph = Graph()
+    quantize_file(graph, file, "misplaced", layout="legacy")
+    with pytest.raises(ExecutionError, match=way_out):
+        bench.server.queue(graph.prompt)
+    graph = Graph()
+    node = quantize_file(graph, file, "misplaced", layout="legacy", for_another_comfyui=True)
+    assert bench.texts(graph, node)[0].startswith("misplaced")
+
+
+@pytest.mark.parametrize("folder", ["diffusion_models", "checkpoints", "text_encoders"])
+def test_an_unknown_model_belongs_to_any_folder(bench, folder):
+    bench.place("anything.safetensors", {f"layers.{i}.fc.weight": torch.ones(32, 32) for i in range(3)}, folder)
+    file = f"{folder}/anything.safetensors"
+    assert not any("Move" in problem for problem in plan(bench, file)["problems"])
+
+
+def test_a_plan_for_the_text_encoders_of_a_file_without_any(bench):
+    tensors = tiny_models.state_dict(tiny_models.wan_shapes())
+    name = "prefixed_wan.safetensors"
+    bench.place(name, {f"model.diffusion_model.{key}": tensor for key, tensor in tensors.items()})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        plan(bench, f"diffusion_models/{name}", part="clip")
+    assert error.value.code == 422
+    assert json.load(error.value)["error"] == f"{name}: holds no text encoder: load one with a CLIP loader"
+
+
+def test_the_plan_knows_the_format_of_layers_that_stay(bench):
+    """Each layout is read wrong with E5M2 by one generation of versions, and choosing E4M3 does not change the layers
+    that stay."""
+    tensors, layers = tiny_models.state_dict(tiny_models.wan_shapes()), {}
+    for key in [key for key, tensor in tensors.items() if key.startswith("blocks.0.") and tensor.ndim == 2]:
+        if key.endswith(".weight"):
+            layer = key.removesuffix(".weight")
+            tensors[key], tensors[f"{layer}.weight_scale"] = tensors[key].to(torch.float8_e5m2), torch.tensor(1.0)
+            layers[layer] = {"format": "float8_e5m2"}
+    entries = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    file = f"diffusion_models/{bench.place('stays_e5m2.safetensors', tensors, metadata=entries)}"
+    layout, other = ("legacy", "native") if bench.new else ("native", "legacy")
+    (problem,) = plan(bench, file, keep="blocks.0", layout=layout)["problems"]
+    assert f"Choose layout {other}, or turn on" in problem
+    graph = Graph()
+    quantize_file(graph, file, "stays", keep="blocks.0", layout=layout)
+    with pytest.raises(ExecutionError, match=re.escape(problem)):
+        bench.server.queue(graph.prompt)
 
 
 def test_quantizing_twice_is_refused_unless_asked(bench):
@@ -186,3 +372,47 @@ def test_a_file_without_faults_is_not_copied(bench):
     node = inspect(graph, f"diffusion_models/{path.name}", repair=True, prefix="unneeded")
     assert "There is nothing to repair" in bench.texts(graph, node)[0]
     assert not list(bench.saved("").glob("unneeded*"))
+
+
+def presets(bench, node):
+    """The choices of the input `layers`."""
+    kind, *options = bench.server.object_info(node)["input"]["required"]["layers"]
+    return set(kind if isinstance(kind, list) else options[0]["options"])
+
+
+def test_lists_of_presets_fit_the_input(bench):
+    model, clip, file, compare = (
+        presets(bench, f"StochasticFP8{node}")
+        for node in ("Quantize", "QuantizeTextEncoder", "QuantizeFile", "Compare")
+    )
+    encoders = {"t5xxl", "llm"}
+    assert encoders <= clip
+    assert not encoders & (model | compare)
+    assert {"auto", "all_linear", "flux", "sd3", "unknown"} <= model & compare
+    assert {"auto", "all_linear"} <= clip
+    assert not {"flux", "sd3", "unknown"} & clip
+    assert file == model | clip
+
+
+def test_saved_presets_outside_the_list_run(bench):
+    """The list had every preset before."""
+    graph = Graph()
+    model = quantize(graph, bench.load(graph, "sd3"), layers="t5xxl")
+    assert bench.run(graph, bench.keep(graph, FAMILIES["sd3"].sample(graph, model))).isfinite().all()
+    graph = Graph()
+    compare = graph.add(
+        "StochasticFP8Compare", model=bench.load(graph, "sd3"), scaling="absmax", layers="t5xxl", most_layers=1
+    )
+    assert "nearest" in bench.texts(graph, graph.add("TestShowText", value=compare[1]))[0]
+
+
+@pytest.mark.parametrize("node", ["StochasticFP8Quantize", "StochasticFP8QuantizeFile"])
+def test_unknown_presets_are_refused_with_the_known_ones(bench, node):
+    graph = Graph()
+    if node == "StochasticFP8Quantize":
+        save(graph, "never", model=quantize(graph, bench.load(graph, "sd3"), layers="flx"))
+    else:
+        bench.model_file("sd3")
+        quantize_file(graph, "diffusion_models/sd3.safetensors", "never", layers="flx")
+    with pytest.raises(PromptRejected, match="unknown layers 'flx': choose one of auto, all_linear, flux"):
+        bench.server.queue(graph.prompt)

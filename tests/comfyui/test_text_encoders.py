@@ -113,6 +113,57 @@ def test_scales_reach_the_encoder(bench, t5, layout):
     assert (in_graph - oracle).square().mean() < 0.02 * (original - oracle).square().mean()
 
 
+@pytest.fixture(scope="module")
+def clip_l_lora(bench, clip_l):
+    """A LoRA on the feed-forward weights of CLIP-L alone."""
+    generator = torch.Generator().manual_seed(2)
+    tensors = {}
+    for name, weight in load_file(bench.server.models("text_encoders") / clip_l).items():
+        if ".mlp." in name and name.endswith(".weight"):
+            layer = f"text_encoders.clip_l.transformer.{name.removesuffix('.weight')}"
+            for part, shape in (("up", (len(weight), 4)), ("down", (4, weight.shape[1]))):
+                tensors[f"{layer}.lora_{part}.weight"] = 0.2 * torch.randn(shape, generator=generator)
+    assert tensors
+    save_file(tensors, bench.server.models("loras") / "clip_l_lora.safetensors")
+    return "clip_l_lora.safetensors"
+
+
+@pytest.mark.parametrize("node", ["LoraLoader", "LoraLoaderBypass"])
+def test_a_lora_on_clip_l_is_kept_beside_a_quantized_t5(bench, t5, clip_l, clip_l_lora, node):
+    """Put before or after Quantize, it does the same, since CLIP-L is not quantized."""
+    if node not in bench.server.object_info():
+        pytest.skip("this ComfyUI has no bypass mode for LoRAs")
+
+    def with_lora(clip, node):
+        strengths = {"strength_model": 0.0, "strength_clip": 1.0}
+        return graph.add(node, model=bench.load(graph, "sd3"), clip=clip, lora_name=clip_l_lora, **strengths)[1]
+
+    graph = Graph()
+    source = load_clips(graph, clip_l, t5)
+    quantized = quantize_clip(graph, source)
+    before, after = quantize_clip(graph, with_lora(source, node)), with_lora(quantized, "LoraLoader")
+    kept = [encoded(bench, graph, clip) for clip in (before, after, quantized)]
+    lora_first, lora_last, without = bench.run(graph, *kept)
+    assert (lora_first - lora_last).abs().max() <= 1e-5
+    assert (lora_first - without).abs().max() > 1e-2
+    assert torch.equal(lora_first[..., tiny_models.CLIP_WIDTH :], without[..., tiny_models.CLIP_WIDTH :])
+
+
+@pytest.mark.parametrize("what", ["quantize", "save"])
+def test_a_clip_l_in_scaled_fp8_is_refused_before_the_work(bench, t5, clip_l, what):
+    """Before T5, whose weights hold a NaN, is looked at."""
+    if not bench.new:
+        pytest.skip("this ComfyUI cannot hold CLIP-L in scaled FP8")
+    tensors = load_file(bench.server.models("text_encoders") / t5)
+    tensors["encoder.block.0.layer.0.SelfAttention.q.weight"][0, 0] = torch.nan
+    save_file(tensors, bench.server.models("text_encoders") / "t5_nan.safetensors")
+    graph = Graph()
+    clip = graph.add("TestScaledClipL", clip=load_clips(graph, clip_l, "t5_nan.safetensors"))
+    save(graph, "never", clip=quantize_clip(graph, clip) if what == "quantize" else clip)
+    with pytest.raises(ExecutionError, match="clip_l is in scaled FP8, and ComfyUI has no FP8 detection for CLIP-L"):
+        bench.server.queue(graph.prompt)
+
+
 def test_clip_l_alone_passes_through(bench, clip_l):
     graph = Graph()
     clip = load_clips(graph, clip_l)

@@ -10,6 +10,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from safetensors.torch import load_file, save_file
 
+from .diffusers_layout import NODES as DIFFUSERS_NODES
 from .fake_gpu import FakeGPU
 from .models import NODES as MODEL_NODES
 from .text_encoders import recognise_tiny_t5xxl, shrink_text_encoders
@@ -171,6 +172,23 @@ class Hooks:
         return {"ui": {"text": [json.dumps(hooks)]}}
 
 
+class CalibrationInfo:
+    """Shows what a calibration holds: its source, and per layer the inputs, the recorded rows and the amax."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "show"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"calibration": ("FP8_CALIBRATION",)}}
+
+    def show(self, calibration):
+        layers = {key: (layer.width, layer.rows, layer.amax) for key, layer in calibration.layers.items()}
+        return {"ui": {"text": [json.dumps({"source": calibration.source, "layers": layers})]}}
+
+
 class Wait:
     """Passes a LATENT on after some seconds, with progress, and can be cancelled."""
 
@@ -231,10 +249,12 @@ _NODES = (
     ShowText,
     ModelInfo,
     Hooks,
+    CalibrationInfo,
     Wait,
     Fail,
     Anything,
     *MODEL_NODES,
+    *DIFFUSERS_NODES,
     FakeGPU,
 )
 NODE_CLASS_MAPPINGS = {f"Test{node.__name__}": node for node in _NODES}

@@ -34,7 +34,7 @@ class FakeGPU:
         return {"required": {"model": ("MODEL",), "weights": (("16 bits", "32 bits", "nan"),)}}
 
     def quantize(self, model, weights):
-        pack = _Pack()
+        pack = Pack()
         network = pack.module("nodes.models").diffusion_network(model)
         recipe = pack.module("kernels.recipe").Recipe(layers="auto", nonfinite="keep")
         layers = pack.module("kernels.engine.quantization").select(network, recipe).quantize
@@ -80,7 +80,7 @@ class FakeGPU:
         return {"ui": {"text": [json.dumps(result)]}}
 
 
-class _Pack:
+class Pack:
     """The modules of the pack under the name that ComfyUI gave it."""
 
     def __init__(self):

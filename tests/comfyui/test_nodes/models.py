@@ -8,6 +8,8 @@ import types
 import torch
 from comfy.model_management import unload_all_models
 
+from .fake_gpu import Pack
+
 
 class ModelDigest:
     """One hash over the names and the bytes of all weights, codes and scales of a MODEL."""
@@ -122,7 +124,8 @@ class Holder:
 
 
 class UnfamiliarModel:
-    """A MODEL that ComfyUI's loader would not make from its weights: of another class, or with a parameter too many."""
+    """A MODEL that ComfyUI's loader would not make from its weights: of another class, with another configuration, or
+    with a parameter too many, which may be called like the scale of a layer that has none."""
 
     CATEGORY = "tests"
     RETURN_TYPES = ("MODEL",)
@@ -130,11 +133,17 @@ class UnfamiliarModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",), "how": (("class", "parameter"),)}}
+        return {"required": {"model": ("MODEL",), "how": (("class", "config", "parameter", "marking"),)}}
 
     def make(self, model, how):
         if how == "class":
             model.model.__class__ = type("AnotherModel", (type(model.model),), {})
+        elif how == "config":
+            config = model.model.model_config
+            config.__class__ = type("AnotherConfig", (type(config),), {})
+        elif how == "marking":
+            scale = torch.nn.Parameter(torch.ones(()))
+            model.model.diffusion_model.x_embedder.register_parameter("input_scale", scale)
         else:
             model.model.diffusion_model.register_parameter("added", torch.nn.Parameter(torch.ones(3)))
         return (model,)
@@ -160,6 +169,31 @@ class UnlinearModel:
             if hasattr(module, "in_features"):
                 del module.in_features
         return (model,)
+
+
+class ScaledClipL:
+    """A CLIP whose CLIP-L is in scaled FP8, which no loader of ComfyUI makes."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"clip": ("CLIP",)}}
+
+    def make(self, clip):
+        pack = Pack()
+        models, states = pack.module("nodes.models"), pack.module("kernels.state_dict.scaled_state_dict")
+        network = models.text_networks(clip)["clip_l"]
+        state = network.saved_state_dict()
+        for linear in network.linear_names:
+            weight = network.tensor(f"{linear}.weight")
+            layer = pack.module("kernels.state_dict.layouts").ScaledLayer(linear, "float8_e4m3fn")
+            codes = states.TensorEntry.of(weight.to(torch.float8_e4m3fn))
+            scaled = states.ScaledWeight(layer, tuple(weight.shape), codes, torch.tensor(1.0))
+            state.add_weight(f"{linear}.weight", scaled)
+        return (models.load_quantized_clip(clip, {network: state}, {}),)
 
 
 class HalvingModel:
@@ -252,6 +286,7 @@ NODES = (
     UnloadedModel,
     BoundModel,
     UnfamiliarModel,
+    ScaledClipL,
     HalvingModel,
     LowVramModel,
     LoadState,
