@@ -8,19 +8,25 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import folder_paths
+import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 import nodes as comfy_nodes
 
 from ..kernels import display
 from ..kernels.calibration.file import load_calibration, save_calibration
+from ..kernels.calibration.mapped import mapped_memory
 from ..kernels.calibration.recorder import ActivationRecorder
+from .devices import pinned
 from .files import new_path, output_folder, path_fingerprint, prefix_problem
+from .live import files_output
 from .models import diffusion_network
 from .networks import Network
 from .options import LARGEST_SEED, calibration_input, sampler_inputs, seed_input
+from .progress import JobProgress, one_bar
 from .schema import CATEGORY, FP8Calibration, newer
 
 log = logging.getLogger("stochastic_fp8")
@@ -30,14 +36,38 @@ FOLDER = "fp8_calibrations"
 
 DEFAULT_PREFIX = "calibration"
 
+SHARE_OF_ROOM = 0.8
+"""Of the free memory on a GPU, for sums: the rest is for what the estimates do not know."""
+
+HOW_MANY = "Render at least 8 images in total, better 30; more gain little."
+
 MOST_ROWS = 4096
 """Positions of a large image, video or batch that are recorded per step and layer. Neighbours are alike, and further
 steps add other positions."""
 
 
+def new_recorder(inference: int = 0) -> ActivationRecorder:
+    """A recorder that keeps sums on the GPU as far as ComfyUI has room, and pins those in main memory.
+
+    inference: bytes on the GPU that the model needs beside its weights.
+    """
+
+    def room(device: torch.device) -> int:
+        """Asked while the model runs: its weights are loaded."""
+        free = comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
+        return int(SHARE_OF_ROOM * max(0, free - 2 * inference))
+
+    return ActivationRecorder(most_rows=MOST_ROWS, room=room, pin=pinned)
+
+
+def stored(count: int) -> torch.Tensor:
+    """Memory for `count` fp32 numbers in ComfyUI's folder of temporary files, which it empties when it starts."""
+    return mapped_memory(Path(folder_paths.get_temp_directory()), count)
+
+
 @contextmanager
-def recording(network: Network, recorder: ActivationRecorder) -> Iterator[None]:
-    """Record the inputs of every Linear layer of a network, by tensor key, until the block ends."""
+def recording(network: Network, recorder: ActivationRecorder, prefix: str = "") -> Iterator[None]:
+    """Record the inputs of every Linear layer of a network, by prefix + tensor key, until the block ends."""
 
     def hook_of(key: str) -> Callable[[Any, tuple, dict[str, Any]], None]:
         def record(module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
@@ -48,8 +78,8 @@ def recording(network: Network, recorder: ActivationRecorder) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for name in sorted(network.linear_names):
-            module = network.module.get_submodule(name)
-            hook = module.register_forward_pre_hook(hook_of(f"{name}.weight"), with_kwargs=True)
+            module = network.owner(f"{name}.weight")
+            hook = module.register_forward_pre_hook(hook_of(f"{prefix}{name}.weight"), with_kwargs=True)
             hooks.callback(hook.remove)
         yield
 
@@ -68,8 +98,8 @@ class StochasticFP8Calibrate(io.ComfyNode):
             description=(
                 "Renders a few images with your model and records the inputs of its layers. Connect it to a quantize "
                 "node with rounding calibrated: the error of the layers' outputs drops to about a third, at the same "
-                "file size. Use prompts and settings like those you will render with, and at least 8 images. For "
-                "several prompts, chain several of these nodes."
+                f"file size. Use prompts and settings like those you will render with. {HOW_MANY} For several prompts, "
+                "chain several of these nodes."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be quantized, in 16 bits, with its LoRAs."),
@@ -86,8 +116,7 @@ class StochasticFP8Calibrate(io.ComfyNode):
                     default=4,
                     min=1,
                     max=1000,
-                    tooltip="How many times to render, each time with other noise. More runs take longer. Render at "
-                    "least 8 images in total, better 30.",
+                    tooltip=f"How many times to render, each time with other noise. {HOW_MANY}",
                 ),
                 calibration_input("An earlier calibration of this model to add to, e.g. one made with another prompt."),
             ],
@@ -118,25 +147,27 @@ class StochasticFP8Calibrate(io.ComfyNode):
         runs,
         calibration=None,
     ):
-        recorder = ActivationRecorder(most_rows=MOST_ROWS)
         network = diffusion_network(model)
-        with recording(network, recorder):
-            for run in range(runs):
-                log.info("calibration: run %d of %d", run + 1, runs)
-                (latent,) = comfy_nodes.common_ksampler(
-                    model,
-                    (seed + run) % (LARGEST_SEED + 1),
-                    steps,
-                    cfg,
-                    sampler_name,
-                    scheduler,
-                    positive,
-                    negative,
-                    latent_image,
-                    denoise=denoise,
-                )
+        inference = network.patcher.memory_required(list(latent_image["samples"].shape))
         source = f"{type(model.model).__name__}, {display.count(runs, 'run')} of {display.count(steps, 'step')}"
-        recorded = recorder.result(source)
+        with new_recorder(inference) as recorder:
+            with recording(network, recorder), one_bar(runs) as bar:
+                for run in range(runs):
+                    bar.part = run
+                    log.info("calibration: run %d of %d", run + 1, runs)
+                    (latent,) = comfy_nodes.common_ksampler(
+                        model,
+                        (seed + run) % (LARGEST_SEED + 1),
+                        steps,
+                        cfg,
+                        sampler_name,
+                        scheduler,
+                        positive,
+                        negative,
+                        latent_image,
+                        denoise=denoise,
+                    )
+            recorded = recorder.result(source, stored)
         log.info(
             "calibration %s: inputs of %d layers recorded (%s), %d Linear layers not used",
             source,
@@ -144,7 +175,7 @@ class StochasticFP8Calibrate(io.ComfyNode):
             display.bytes(recorded.nbytes),
             len(network.linear_names) - len(recorded.layers),
         )
-        return io.NodeOutput(calibration + recorded if calibration else recorded, latent)
+        return io.NodeOutput(calibration.plus(recorded, stored) if calibration else recorded, latent)
 
 
 class StochasticFP8SaveCalibration(io.ComfyNode):
@@ -182,8 +213,9 @@ class StochasticFP8SaveCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, calibration, filename_prefix):
         target = new_path(FOLDER, filename_prefix, DEFAULT_PREFIX)
-        save_calibration(calibration, target)
-        return io.NodeOutput(target.relative_to(output_folder(FOLDER)).as_posix())
+        save_calibration(calibration, target, progress=JobProgress())
+        name = target.relative_to(output_folder(FOLDER)).as_posix()
+        return io.NodeOutput(name, ui={**ui.PreviewText(name).as_dict(), **files_output(FOLDER, {name: target})})
 
 
 class StochasticFP8LoadCalibration(io.ComfyNode):

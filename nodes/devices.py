@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import comfy.model_management
 import torch
@@ -28,6 +29,13 @@ def compute_device(choice: str, auto: torch.device) -> torch.device:
         return torch.device(choice)
     except (RuntimeError, TypeError):
         return choose(dict.fromkeys(devices(), auto), choice, "device")
+
+
+def pinned(tensor: torch.Tensor) -> Callable[[], object] | None:
+    """Pin a tensor in main memory, within ComfyUI's limit. Returns what unpins it; None if it could not be pinned."""
+    if comfy.model_management.pin_memory(tensor):
+        return partial(comfy.model_management.unpin_memory, tensor)
+    return None
 
 
 def make_room(device: torch.device, sizes: Iterable[int]) -> bool:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import comfy.utils
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 
@@ -35,3 +40,30 @@ class JobProgress:
     def layer(self, done: int, total: int, error: ErrorStatistics | None) -> None:
         """Layers done, layers in total, and the error of the last one."""
         self._live.layer(done, total, error)
+
+
+@dataclass
+class Parts:
+    """The parts of a job, each with a progress bar of its own."""
+
+    part: int = 0
+    """The one that runs, from 0."""
+
+
+@contextmanager
+def one_bar(count: int) -> Iterator[Parts]:
+    """Show the bars that ComfyUI makes in this block as one, which each of `count` equal parts moves on.
+
+    Set `part` of the result when the next part starts.
+    """
+    shown, parts = comfy.utils.PROGRESS_BAR_HOOK, Parts()
+
+    def show(value, total, *further, **named):
+        shown(parts.part * total + value, count * total, *further, **named)
+
+    if shown is not None:
+        comfy.utils.set_progress_bar_global_hook(show)
+    try:
+        yield parts
+    finally:
+        comfy.utils.set_progress_bar_global_hook(shown)

@@ -19,6 +19,8 @@ from .moments import LayerCalibration
 
 MEASURED_AT_ONCE = 1 << 22
 """Elements measured at once, which bounds the memory of intermediates."""
+MEASURED_AT_ONCE_ON_GPU = 1 << 24
+"""The same on a GPU, where few large operations are faster."""
 
 
 def calibrate_tensor(
@@ -30,13 +32,14 @@ def calibrate_tensor(
     key: str = "",
     statistics: bool = False,
     device: torch.device | str | None = None,
+    leave_on_device: bool = False,
     send: Send = to_device,
 ) -> QuantizedTensor:
     """quantize_tensor with calibrated rounding, for a Linear weight (out, in) with recorded inputs; see gptq.py.
 
     Unless `scaling` is "none", the best scale near that of `scaling` is searched for. The bytes are the same on one
     device and version of torch. Raises as quantize_tensor, and CalibrationError if the weight does not have the
-    calibration's width. send: how the weight gets to the device; see Placement.
+    calibration's width. leave_on_device, send: see Placement.
     """
     float8, scaler = choose(FORMATS, format, "format"), choose(SCALINGS, scaling, "scaling")
     if x.device.type == "mps":  # has no float64
@@ -49,15 +52,16 @@ def calibrate_tensor(
     )
     codes = codes.reshape(-1)
     error = _measure(flat, codes.view(torch.uint8), scale, amax, float8) if statistics else None
-    return replace(build_result(x, flat, codes.to(x.device), scale, amax, error), output_error=output_error)
+    codes = codes if leave_on_device else to_device(codes, x.device)
+    return replace(build_result(x, flat, codes, scale, amax, error), output_error=output_error)
 
 
 def _measure(
     flat: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, amax: float, float8: Float8Format
 ) -> ErrorStatistics:
-    parts = []
-    for start in range(0, flat.numel(), MEASURED_AT_ONCE):
-        original = flat[start : start + MEASURED_AT_ONCE].float()
+    parts, size = [], MEASURED_AT_ONCE_ON_GPU if flat.is_cuda else MEASURED_AT_ONCE
+    for start in range(0, flat.numel(), size):
+        original = flat[start : start + size].float()
         positions = code_positions(original / scale, float8, FRACTION_BITS)
-        parts.append(measure(original, codes[start : start + MEASURED_AT_ONCE], positions, scale, amax, float8))
+        parts.append(measure(original, codes[start : start + size], positions, scale, amax, float8))
     return merge(parts)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, file_error
+from ..files.bounded_json import parse_json
 from ..files.header import TensorInfo, without_duplicates
 from ..files.reader import Source, open_source
 from ..files.writer import check_target, writing
+from ..progress import Meter, ProgressCallback
 from .moments import LARGEST_INPUT, Calibration, LayerCalibration, check_moment, moment_size
+from .sensitivity import Sensitivity
+from .sensitivity import from_json as sensitivity_from_json
+from .sensitivity import to_json as sensitivity_to_json
 
 MOST_INPUTS = 1 << 20
 """Width of the widest layer. A file with a wider one is damaged."""
@@ -29,26 +35,42 @@ METADATA_ENTRY = "stochastic_fp8_calibration"
 FILE_VERSION = 2
 """Version 1 has no digests. A reader ignores entries of a layer that it does not know."""
 
+SENSITIVITY_ENTRY = "stochastic_fp8_sensitivity"
+"""The measured effects of the layers, with a version and a digest of their own. Optional."""
+
 DIGEST_BYTES = 8
 """Length of a BLAKE2b digest. In the file it is hexadecimal."""
 
 
-def save_calibration(calibration: Calibration, target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save_calibration(
+    calibration: Calibration,
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+) -> None:
     """Write a calibration to a .safetensors file, atomically.
 
-    Each moment is read twice: the header, which is written first, holds its digest.
+    Each moment is read twice: the header, which is written first, holds its digest. progress counts both.
 
     Raises CheckpointError: the file cannot be written, or would be refused when it is loaded.
     """
     check_target(Path(target), overwrite)
     layers = calibration.layers
     infos = {key: TensorInfo("float32", (moment_size(layer.width),)) for key, layer in layers.items()}
-    entries = {key: _entry(target, key, layer) for key, layer in layers.items()}
+    meter = Meter(2 * sum(info.nbytes for info in infos.values()), progress)
+    entries = {}
+    for key, layer in layers.items():
+        meter.start(key, infos[key].nbytes)
+        entries[key] = _entry(target, key, layer)
     stated = {"version": FILE_VERSION, "source": calibration.source, "layers": entries}
     text = json.dumps(stated | {"digest": _digest(stated)})
-    with writing(target, infos, {METADATA_ENTRY: text}, overwrite=overwrite) as writer:
+    metadata = {METADATA_ENTRY: text, **_sensitivity_entry(calibration)}
+    with writing(target, infos, metadata, overwrite=overwrite) as writer:
         for key in writer.order:
+            meter.start(key, infos[key].nbytes)
             writer.write(key, layers[key].read_moment().cpu())
+        meter.finish()
 
 
 def load_calibration(path: str | os.PathLike[str]) -> Calibration:
@@ -78,7 +100,7 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
                 key: _stored_layer(file, key, source.tensors[key], stated["layers"][key], digests=version > 1)
                 for key in source.tensors
             }
-            return Calibration(layers, str(stated["source"]))
+            return Calibration(layers, str(stated["source"]), _stored_sensitivity(source.metadata))
         except CheckpointError:
             raise
         except KeyError as error:
@@ -140,6 +162,23 @@ def _entry(target: str | os.PathLike[str], key: str, layer: LayerCalibration) ->
         ) from error
     digest = _digest([key, width, rows, amax], moment)
     return {**layer.further, "width": width, "rows": rows, "amax": amax, "digest": digest}
+
+
+def _sensitivity_entry(calibration: Calibration) -> dict[str, str]:
+    if calibration.sensitivity is None:
+        return {}
+    stated = sensitivity_to_json(calibration.sensitivity)
+    return {SENSITIVITY_ENTRY: json.dumps(stated | {"digest": _digest(stated)})}
+
+
+def _stored_sensitivity(metadata: Mapping[str, str]) -> Sensitivity | None:
+    """Raises ValueError for a damaged entry."""
+    if SENSITIVITY_ENTRY not in metadata:
+        return None
+    stated = parse_json(metadata[SENSITIVITY_ENTRY], hook=without_duplicates)
+    if not isinstance(stated, dict) or stated.pop("digest", None) != _digest(stated):
+        raise ValueError("its sensitivities differ from their digest")
+    return sensitivity_from_json(stated)
 
 
 def _stored_layer(file: _OpenCalibration, key: str, info: TensorInfo, entry: object, digests: bool) -> LayerCalibration:

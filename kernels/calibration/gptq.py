@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 
 from ..errors import CalibrationError
+from ..numerics.backends.panels import choose_panels, to_nearest
 from ..numerics.formats import Float8Format
 from ..numerics.matrix_precision import full_precision_products
 from ..numerics.output_error import CONTRADICTORY, WEIGHT_ERROR, OutputError, unit_of
@@ -31,6 +32,8 @@ INDEFINITE = 1e-3
 
 PANEL = 128
 """Inputs whose effect on all others is computed in one matrix product."""
+GPU_BAND = 1024
+"""Rows of the moment that are multiplied at once on a GPU, to predict errors; elsewhere PANEL."""
 SHRINK_BELOW = 0.75
 """Drop finished rows from the working matrix when fewer than this share remain."""
 CHUNK_ELEMENTS = 1 << 26
@@ -80,7 +83,7 @@ def gptq_round(
         for part in (slice(start, start + step) for start in range(0, len(weight), step)):
             columns = layer.permute(weight[part])
             rounded = _round(layer, columns / chosen, float8, descents)
-            plain = _to_nearest(columns / scale, float8)
+            plain = to_nearest(columns / scale, float8)
             output += layer.energy(columns[..., sample] * unit).sum().item()
             change = (rounded.float() * chosen - columns).mul_(unit)
             error += layer.energy(change[..., sample]).sum().item()
@@ -139,8 +142,9 @@ class _Layer:
     def energy(self, columns: torch.Tensor) -> torch.Tensor:
         """tr(C H Cᵀ) for each output: float64 (out,). H is symmetric, so only half of it is multiplied."""
         total = torch.zeros(columns.shape[2], dtype=torch.float64, device=columns.device)
-        for start in range(0, columns.shape[1], PANEL):
-            stop = start + PANEL
+        size = GPU_BAND if columns.is_cuda else PANEL
+        for start in range(0, columns.shape[1], size):
+            stop = start + size
             band, here = self.moment[:, start:stop], columns[:, start:stop]
             product = band[:, :, start:stop] @ here + 2 * (band[:, :, stop:] @ columns[:, stop:])
             total += (product * here).sum((0, 1), dtype=torch.float64)
@@ -155,37 +159,31 @@ class _Layer:
 def _pivoted_cholesky(moment: torch.Tensor, damping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(order, R) with R upper triangular and R Rᵀ = D[order][:, order], for each block D of the damped moment.
 
-    A Cholesky decomposition with pivoting, from the last row up, in panels of PANEL rows. R's squared diagonal is the
-    error that no later input can compensate. The last input is the one with the smallest such error among all inputs,
-    the second to last has the smallest among the rest, and so on (min-pivot order: Chen et al., The Geometry of LLM
-    Quantization, 2025).
+    A Cholesky decomposition with pivoting, from the last row up, panel by panel. R's squared diagonal is the error that
+    no later input can compensate. The last input is the one with the smallest such error among all inputs, the second
+    to last has the smallest among the rest, and so on (min-pivot order: Chen et al., The Geometry of LLM Quantization,
+    2025).
 
     moment: fp32 (blocks, side, side). damping: (blocks, 1). order: int64 (blocks, side). fp32 is enough: no pivot is
-    smaller than the damping, which is far above the rounding errors. If no
-    inputs have this moment, a pivot is negative, and R's diagonal has pivot / √damping there; R is NaN if it overflows.
+    smaller than the damping, which is far above the rounding errors. If no inputs have this moment, a pivot is
+    negative, and R's diagonal has pivot / √damping there; R is NaN if it overflows.
     """
+    panels = choose_panels(moment.device)
     matrix = moment + torch.diag_embed(damping.expand(-1, moment.shape[1]))
     blocks, side, _ = matrix.shape
-    block = torch.arange(blocks, device=matrix.device)
     order = torch.empty(blocks, side, dtype=torch.int64, device=matrix.device)
     factor = torch.zeros_like(matrix)
     inputs = torch.arange(side, device=matrix.device).repeat(blocks, 1)
     pivots = matrix.diagonal(dim1=1, dim2=2).clone()
-    for start in range(0, side, PANEL):
-        stop = min(start + PANEL, side)
-        panel = matrix.new_zeros(*inputs.shape, stop - start)
-        for i in range(stop - start):
-            smallest, row = pivots.min(1)
-            done = panel[:, :, :i] @ panel[block, row, :i, None]
-            panel[:, :, i] = (matrix[block, row] - done[:, :, 0]) / smallest[:, None].maximum(damping).sqrt()
-            pivots -= panel[:, :, i].square()
-            pivots[block, row] = torch.inf
-            order[:, start + i] = inputs[block, row]
+    for start in range(0, side, panels.pivots):
+        stop = min(start + panels.pivots, side)
+        panel, taken = panels.factor_panel(matrix, pivots, damping, stop - start)
+        order[:, start:stop] = inputs.gather(1, taken)
         factor[:, :, start:stop].scatter_(1, inputs[:, :, None].expand_as(panel), panel)
-        if not bool((pivots.isfinite().sum(1) == side - stop).all()):  # NaN or overflow
-            return order, factor.fill_(torch.nan)
         if (side - stop) < SHRINK_BELOW * inputs.shape[1]:
-            rest = pivots.isfinite()
+            rest = ~pivots.isposinf()
+            if not bool((rest.sum(1) == side - stop).all() & pivots[rest].isfinite().all()):  # NaN or overflow
+                return order, factor.fill_(torch.nan)
             matrix = torch.stack([m[kept][:, kept] for m, kept in zip(matrix, rest, strict=True)])
             panel = panel[rest].view(blocks, side - stop, stop - start)
             inputs, pivots = (x[rest].view(blocks, side - stop) for x in (inputs, pivots))
@@ -215,6 +213,7 @@ def _sweep(
     scaled, errors: (blocks, side, out). feedback[:, i, j]: how much of input i's error input j compensates; its
     diagonal is not used. triangular: feedback is zero for i > j.
     """
+    panels = choose_panels(scaled.device)
     codes = torch.empty_like(scaled, dtype=float8.dtype)
     for start in range(0, scaled.shape[1], PANEL):
         here = slice(start, start + PANEL)
@@ -223,13 +222,9 @@ def _sweep(
         within = feedback[:, here, here].mT.contiguous()
         if not triangular:
             from_others -= within.diagonal(dim1=1, dim2=2)[:, :, None] * errors[:, here]
-        changes = torch.empty_like(from_others)
-        for j in range(within.shape[1]):
-            total = torch.baddbmm(from_others[:, j : j + 1], within[:, j : j + 1, :j], changes[:, :j])[:, 0]
-            code = _to_nearest(scaled[:, start + j] - total, float8)
-            changes[:, j] = code.float() - scaled[:, start + j] - errors[:, start + j]
-            codes[:, start + j] = code
-        errors[:, here] += changes
+        errors[:, here] += panels.round_panel(
+            scaled[:, here], errors[:, here], from_others, within, codes[:, here], float8
+        )
     return codes
 
 
@@ -250,11 +245,6 @@ def _search_scale(
     rounded = _round(layer, columns / scales, float8, descents=0)
     errors = layer.energy((rounded.float() * scales - columns) * unit).view(len(candidates), -1)
     return candidates[errors.sum(1).argmin()]
-
-
-def _to_nearest(scaled: torch.Tensor, float8: Float8Format) -> torch.Tensor:
-    """The nearest FP8 code, ties to even, saturating; float8. Equal to rounding.round_to_codes for finite values."""
-    return scaled.clamp(-float8.max, float8.max).to(float8.dtype)
 
 
 def _relative(error: float, output: float) -> float:

@@ -10,11 +10,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import CalibrationError
+from ..numerics.matrix_precision import exact_products
 from ..numerics.scaling import tensor_to_amax
+from ..numerics.transfers import to_device
+
+if TYPE_CHECKING:
+    from .sensitivity import Sensitivity
 
 WIDEST_BLOCK = 3072
 """Inputs. The moment of a wider layer is kept as equal blocks on its diagonal: 11 GB for Flux in place of 28 GB."""
@@ -27,6 +33,9 @@ LARGEST_INPUT = 1e15
 
 MOMENT_TOLERANCE = 0.01
 """Relative rounding error that a recorded moment may have: fp32 sums over many calls, on some GPUs of TF32 products."""
+
+Store = Callable[[int], torch.Tensor]
+"""Gives fp32 memory for so many numbers, contiguous, in main memory."""
 
 SMALLEST_PRODUCT = 2.0**-126
 """The smallest normal fp32 number. Smaller products of two inputs may be recorded as 0."""
@@ -58,21 +67,38 @@ class LayerCalibration:
     """Returns the packed moment: fp32 (moment_size(width),), a sum over the rows."""
     further: Mapping[str, object] = field(default_factory=dict)
     """Entries of a calibration file that this version does not know, as JSON data. A sum of calibrations has none."""
+    kept: torch.Tensor | None = field(default=None, repr=False)
+    """The rows themselves, float (rows, width), where they take less memory than their moment."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows or the moment."""
+        return 4 * moment_size(self.width) if self.kept is None else self.kept.nbytes
 
     def moment(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The mean of x xᵀ over the rows, fp32 (blocks, side, side) with blocks * side = width, on `device`."""
         blocks = block_count(self.width)
         side = self.width // blocks
         moment = torch.empty(blocks, side, side, dtype=torch.float32, device=device)
-        for start, band in bands(self.read_moment().to(device), self.width):
+        for start, band in bands(to_device(self.read_moment(), torch.device(device)), self.width):
             stop = start + band.shape[1]
             moment[:, start:stop, start:] = band
             moment[:, stop:, start:stop] = band[:, :, stop - start :].mT
         return moment.div_(max(self.rows, 1))
 
     def __add__(self, other: LayerCalibration) -> LayerCalibration:
-        total = self.read_moment() + other.read_moment()
-        return LayerCalibration(self.width, self.rows + other.rows, max(self.amax, other.amax), lambda: total)
+        return self.plus(other)
+
+    def plus(self, other: LayerCalibration, store: Store | None = None) -> LayerCalibration:
+        """Both together. store: memory for the sum; None: new memory."""
+        amax = max(self.amax, other.amax)
+        if self.kept is not None and other.kept is not None:
+            both = torch.cat([self.kept, other.kept])
+            if both.nbytes <= 4 * moment_size(self.width):
+                return few_rows(both, amax)
+        target = store(moment_size(self.width)) if store else None
+        total = torch.add(self.read_moment().cpu(), other.read_moment().cpu(), out=target)
+        return LayerCalibration(self.width, self.rows + other.rows, amax, lambda: total)
 
 
 @dataclass(frozen=True)
@@ -83,14 +109,27 @@ class Calibration:
     """By tensor key: bare ComfyUI layer name + `.weight`."""
     source: str = ""
     """Name of the model or file, for people."""
+    sensitivity: Sensitivity | None = None
+    """The measured effects of the layers on the picture; None: not measured."""
 
     def layer_of(self, key: str, weight: torch.Tensor) -> LayerCalibration | None:
         """The recorded inputs of a weight (out, in). None: not recorded, or with another width."""
         layer = self.layers.get(key)
         return layer if layer and weight.ndim == 2 and weight.shape[1] == layer.width else None
 
+    def of_encoder(self, prefix: str) -> Calibration:
+        """The layers whose tensor keys begin with `prefix`, such as `t5xxl.`, named without it."""
+        layers = {key.removeprefix(prefix): layer for key, layer in self.layers.items() if key.startswith(prefix)}
+        return Calibration(layers, self.source)
+
     def __add__(self, other: Calibration) -> Calibration:
-        """Both runs together. Raises CalibrationError if the widths of a layer differ."""
+        return self.plus(other)
+
+    def plus(self, other: Calibration, store: Store | None = None) -> Calibration:
+        """Both runs together. store: memory for the sums; None: new memory.
+
+        Raises CalibrationError if the widths of a layer differ.
+        """
         layers = dict(self.layers)
         for key, layer in other.layers.items():
             if key in layers and layers[key].width != layer.width:
@@ -98,13 +137,35 @@ class Calibration:
                     f"the calibrations are of different models: layer '{key}' has {layers[key].width} inputs in one "
                     f"and {layer.width} in the other; calibrate this model again"
                 )
-            layers[key] = layers[key] + layer if key in layers else layer
-        return Calibration(layers, " + ".join(filter(None, (self.source, other.source))))
+            layers[key] = layers[key].plus(layer, store) if key in layers else layer
+        measured = [each.sensitivity for each in (self, other) if each.sensitivity]
+        sensitivity = measured[0] + measured[1] if len(measured) == 2 else next(iter(measured), None)
+        return Calibration(layers, " + ".join(filter(None, (self.source, other.source))), sensitivity)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all moments."""
-        return sum(4 * moment_size(layer.width) for layer in self.layers.values())
+        """Bytes of all layers."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+
+def few_rows(rows: torch.Tensor, amax: float) -> LayerCalibration:
+    """The recorded inputs of a layer that saw only these: float (rows, width), in main memory."""
+    width = rows.shape[1]
+
+    def packed() -> torch.Tensor:
+        moment = torch.zeros(moment_size(width), dtype=torch.float32)
+        add_products(moment, width, rows)
+        return moment
+
+    return LayerCalibration(width, len(rows), amax, packed, kept=rows)
+
+
+def add_products(packed: torch.Tensor, width: int, rows: torch.Tensor) -> None:
+    """Add xᵀx of some rows x to a packed moment. rows: float (rows, width), on the moment's device."""
+    blocks = rows.float().reshape(len(rows), block_count(width), -1).transpose(0, 1)
+    with exact_products(rows):
+        for start, band in bands(packed, width):
+            band.baddbmm_(blocks[:, :, start : start + band.shape[1]].mT, blocks[:, :, start:])
 
 
 @cache

@@ -45,7 +45,8 @@ def quantize_weight(
     if layer is None:
         return quantize_tensor(x, rounding="nearest", placement=placement, **choices)
     where = placement or Placement()
-    return calibrate_tensor(x, layer, device=where.device, send=where.send, **choices)
+    moves: dict[str, Any] = {"device": where.device, "leave_on_device": where.leave_on_device, "send": where.send}
+    return calibrate_tensor(x, layer, **moves, **choices)
 
 
 def check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:
@@ -65,4 +66,4 @@ def input_scale(calibration: Calibration | None, key: str, recipe: Recipe) -> to
     if recipe.matmul != "fp8" or calibration is None or key not in calibration.layers:
         return None
     scale = INPUT_MARGIN * calibration.layers[key].amax / E4M3FN.max
-    return torch.tensor(max(scale, SMALLEST_SCALE), dtype=torch.float32)
+    return torch.tensor(max(scale, SMALLEST_SCALE), dtype=torch.float32, device="cpu")

@@ -12,6 +12,7 @@ from stochastic_fp8_pack.kernels.calibration import gptq, moments
 from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.errors import CalibrationError
+from stochastic_fp8_pack.kernels.numerics.backends.panels import to_nearest
 from stochastic_fp8_pack.kernels.numerics.output_error import CONTRADICTORY, WEIGHT_ERROR, relative_output_error
 from stochastic_fp8_pack.kernels.numerics.rounding import round_to_codes
 
@@ -408,4 +409,4 @@ def test_the_grid_is_that_of_nearest(format):
     ties = (values.sort().values[1:] + values.sort().values[:-1]) / 2
     x = torch.cat([every, ties, torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)])
     expected = round_to_codes(x, None, FORMATS[format], ROUNDINGS["nearest"])
-    assert torch.equal(gptq._to_nearest(x, FORMATS[format]).view(torch.uint8), expected)
+    assert torch.equal(to_nearest(x, FORMATS[format]).view(torch.uint8), expected)

@@ -7,7 +7,7 @@ import torch
 from stochastic_fp8_pack.kernels import LayerReport, Recipe, dequantize_tensor, quantize_tensor
 from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
-from stochastic_fp8_pack.kernels.engine.notes import calibration_notes
+from stochastic_fp8_pack.kernels.engine.notes import calibration_notes, matmul_notes
 from stochastic_fp8_pack.kernels.engine.quantize_weight import input_scale, quantize_weight
 from stochastic_fp8_pack.kernels.errors import CalibrationError, NonFiniteError
 from stochastic_fp8_pack.kernels.numerics.output_error import CONTRADICTORY, WEIGHT_ERROR, OutputError
@@ -125,6 +125,28 @@ def test_notes_list_what_a_user_should_know():
     assert few.endswith(": b")
     assert list(calibration_notes(RECIPE, calibrated_layers({"a": errors["a"]}))) == []
     assert list(calibration_notes(Recipe(), calibrated_layers(errors))) == []
+
+
+def test_layers_that_see_one_row_per_step_are_not_told_to_run_more():
+    """Modulation layers: 80 rows where the others have 80 × 4,096."""
+    rows = {"image": 327_680, "modulation": 80, "text": 2_900}
+    errors = {key: OutputError(count, 0.02, 0.01) for key, count in rows.items()}
+    both = {key: errors[key] for key in ("image", "modulation")}
+    assert list(calibration_notes(RECIPE, calibrated_layers(both))) == []
+    (note,) = calibration_notes(RECIPE, calibrated_layers({"text": errors["text"], "modulation": errors["modulation"]}))
+    assert note.startswith("2 of 2 layers were calibrated with more damping")
+
+
+def test_calibrated_rounding_with_fp8_matmul_is_noted():
+    both = replace(RECIPE, matmul="fp8")
+    (note,) = list(matmul_notes(both, [ScaledWeightWithScale]))
+    assert note.startswith("matmul fp8 loses what calibrated rounding gains")
+    assert list(matmul_notes(RECIPE, [])) == []
+    assert len(list(matmul_notes(replace(both, rounding="nearest"), []))) == 1
+
+
+class ScaledWeightWithScale:
+    input_scale = torch.tensor(1.0)
 
 
 def test_a_note_names_twenty_layers_and_counts_the_rest():

@@ -3,13 +3,17 @@
 Triton reads TRITON_INTERPRET when it is first imported and again at each launch.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, SCALINGS
-from stochastic_fp8_pack.kernels.numerics.backends import Task, nvidia, reference
+from stochastic_fp8_pack.kernels.calibration import gptq, moments
+from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
+from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
+from stochastic_fp8_pack.kernels.numerics.backends import BACKENDS, Task, nvidia, nvidia_panels, panels, reference
 from stochastic_fp8_pack.kernels.numerics.random_bits import stream_key
 from stochastic_fp8_pack.kernels.numerics.scaling import amax_to_scale
 
@@ -17,7 +21,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
     import triton
     import triton.language as tl
-    from stochastic_fp8_pack.kernels.numerics.backends import triton_kernels
+    from stochastic_fp8_pack.kernels.numerics.backends import triton_kernels, triton_panels  # noqa: F401
 
     @triton.jit
     def divide(x, divisor, quotient, WIDE: tl.constexpr, TILE: tl.constexpr):
@@ -164,3 +168,104 @@ def test_divisions_are_correctly_rounded():
         quotients = torch.empty(len(x))
         divide[(len(x) // 8192,)](torch.from_numpy(x), torch.from_numpy(divisors), quotients, WIDE=wide, TILE=8192)
         np.testing.assert_array_equal(quotients.numpy(), x / divisors)
+
+
+def panel_inputs(blocks, rows, outputs, seed=0):
+    """The arguments of round_panel but for the codes and the format: the second half of twice as many inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    scaled, errors = (torch.randn(blocks, 2 * rows, outputs, generator=generator) * size for size in (60, 0.1))
+    scaled[0, rows:, :3] = torch.tensor([0.0, 1e-4, 2000.0])[:outputs]  # zeros, underflow, saturation
+    from_others = torch.randn(blocks, rows, outputs, generator=generator)
+    within = 0.3 * torch.randn(blocks, rows, rows, generator=generator)  # what is not below the diagonal is not used
+    return scaled[:, rows:], errors[:, rows:], from_others, within
+
+
+@formats
+@pytest.mark.parametrize("shape", [(1, 16, 40), (2, 11, 33), (3, 1, 1)])
+def test_a_panel_is_rounded_as_in_the_reference(format, shape):
+    blocks, rows, outputs = shape
+    arguments, results = panel_inputs(*shape), []
+    for module in (nvidia_panels, panels):
+        codes = torch.full((blocks, 2 * rows, outputs), 0x7F, dtype=torch.uint8)
+        changes = module.round_panel(*arguments, codes[:, rows:].view(FORMATS[format].dtype), FORMATS[format])
+        assert (codes[:, :rows] == 0x7F).all()
+        results.append((codes, changes))
+    (codes, changes), (expected, expected_changes) = results
+    assert torch.equal(codes, expected)
+    torch.testing.assert_close(changes, expected_changes, rtol=0, atol=1e-4)
+
+
+def test_weights_that_are_not_numbers_get_finite_codes():
+    scaled, errors, from_others, within = panel_inputs(1, 4, 8)
+    codes = torch.full((1, 4, 8), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    from_others[0, 1] = math.nan
+    nvidia_panels.round_panel(scaled, errors, from_others, within, codes, FORMATS["float8_e4m3fn"])
+    assert codes.float().isfinite().all()
+
+
+def damped_moments(blocks, side):
+    x = torch.randn(blocks, 4 * side, side, generator=torch.Generator().manual_seed(side))
+    x = x @ torch.randn(side, side, generator=torch.Generator().manual_seed(1)) + x
+    moments = x.mT @ x / (4 * side)
+    damping = 0.01 * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    return moments + torch.diag_embed(damping.expand(-1, side)), damping
+
+
+@pytest.mark.parametrize(("blocks", "side", "width"), [(1, 40, 16), (3, 70, 24), (2, 16, 16), (1, 1, 1)])
+def test_pivots_are_chosen_as_in_the_reference(blocks, side, width):
+    moments, damping = damped_moments(blocks, side)
+    results = []
+    for module in (nvidia_panels, panels):
+        pivots = moments.diagonal(dim1=1, dim2=2).clone()
+        results.append((*module.factor_panel(moments, pivots, damping, width), pivots))
+    (columns, taken, pivots), (expected, expected_taken, expected_pivots) = results
+    assert torch.equal(taken, expected_taken)
+    torch.testing.assert_close(columns, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pivots, expected_pivots, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_pivots_of_damaged_moments_are_not_all_taken(value):
+    """1e30 overflows when it is squared. The caller sees pivots that are left when all should be taken."""
+    moments, damping = damped_moments(1, 12)
+    moments[0, 3, 4] = moments[0, 4, 3] = value
+    for module in (nvidia_panels, panels):
+        pivots = moments.diagonal(dim1=1, dim2=2).clone()
+        columns, taken = module.factor_panel(moments, pivots, damping, 12)
+        assert 0 <= taken.min() <= taken.max() < 12
+        assert not (pivots.isposinf().all() and columns.isfinite().all())
+
+
+@formats
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_calibrated_rounding_with_the_kernels_is_that_without(monkeypatch, format, blocks):
+    """A whole layer: the panels of pivots are narrower here, so sums have another order."""
+    monkeypatch.setattr(panels, "NVIDIA", dataclasses.replace(panels.NVIDIA, pivots=16))
+    monkeypatch.setattr(gptq, "PANEL", 16)
+    monkeypatch.setattr(moments, "WIDEST_BLOCK", 32 // blocks)
+    moments._band_shapes.cache_clear()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
+    recorder = ActivationRecorder()
+    recorder.observe("w", x + 0.3 * torch.randn(4000, 32, generator=generator))
+    layer = recorder.result().layers["w"]
+    weight = torch.randn(20, 32, generator=generator)
+    results = []
+    for kind in (panels.NVIDIA, panels.REFERENCE):
+        monkeypatch.setattr(gptq, "choose_panels", lambda device, kind=kind: kind)
+        scaling = "absmax" if blocks == 1 else "none"  # whose scale is not searched
+        results.append(calibrate_tensor(weight, layer, format=format, scaling=scaling))
+    moments._band_shapes.cache_clear()
+    ours, reference_one = results
+    same = ours.codes.view(torch.uint8) == reference_one.codes.view(torch.uint8)
+    assert same.float().mean() > 0.99
+    assert ours.scale == reference_one.scale
+    assert ours.output_error.chosen == pytest.approx(reference_one.output_error.chosen, rel=0.01)
+    assert ours.output_error.chosen < 0.8 * ours.output_error.nearest
+
+
+def test_a_gpu_gets_the_kernels_and_a_cpu_the_reference(monkeypatch):
+    assert panels.choose_panels(torch.device("cpu")) is panels.REFERENCE
+    monkeypatch.setattr(panels, "choose_backend", lambda device: BACKENDS["nvidia"])
+    assert panels.choose_panels(torch.device("cuda")) is panels.NVIDIA

@@ -54,7 +54,7 @@ def tensor_to_amax(flat: torch.Tensor) -> float:
     largest = torch.zeros(1, dtype=max(integers, torch.int32, key=lambda dtype: dtype.itemsize), device=flat.device)
     tile = AMAX_TILE_BYTES // flat.dtype.itemsize
     programs = _programs(flat, -(-flat.numel() // tile), AMAX_PROGRAMS)
-    with _current(flat.device):
+    with current(flat.device):
         triton_kernels.largest_magnitude[(programs,)](
             flat.view(integers),
             largest,
@@ -68,7 +68,7 @@ def tensor_to_amax(flat: torch.Tensor) -> float:
 
 def quantize_slice(flat: torch.Tensor, codes: torch.Tensor, task: Task, statistics: bool) -> ErrorStatistics | None:
     """See backends.Backend."""
-    with _current(flat.device):
+    with current(flat.device):
         if not statistics:
             _quantize(flat, codes, task)
             return None
@@ -186,7 +186,7 @@ def _programs(flat: torch.Tensor, tiles: int, per_multiprocessor: int) -> int:
     return max(1, min(tiles, multiprocessors * per_multiprocessor))
 
 
-def _current(device: torch.device) -> AbstractContextManager[None]:
+def current(device: torch.device) -> AbstractContextManager[None]:
     """Make a GPU current: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

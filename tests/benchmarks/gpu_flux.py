@@ -1,0 +1,196 @@
+"""Calibrating in ComfyUI on an NVIDIA GPU: FP8 Calibration and Quantize on a model of Flux.1-dev's size.
+
+COMFYUI_DIR=... python tests/benchmarks/gpu_flux.py     # prints a Markdown section for RESULTS.md
+python tests/benchmarks/gpu_flux.py --blocks 2          # a part of the model
+
+The weights are random, which changes neither the sizes nor the times.
+"""
+
+import argparse
+import asyncio
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+COMFYUI = Path(os.environ.get("COMFYUI_DIR") or HERE.parent.parent / ".build" / "comfyui").resolve()
+sys.path[:0] = [str(HERE.parent)]
+
+import conftest  # noqa: E402, F401  (loads the pack)
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+
+sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if Path(entry or ".").resolve() != HERE), str(HERE)]
+sys.argv, ARGUMENTS = sys.argv[:1], sys.argv[1:]
+
+import comfy.options  # noqa: E402
+import utils.extra_config  # noqa: E402, F401  (first, as main.py does: comfy/utils.py would hide it later)
+
+comfy.options.enable_args_parsing(False)
+import comfy.cli_args  # noqa: E402
+
+comfy.cli_args.args.cpu = not torch.cuda.is_available()  # a small model shows there whether this program works
+
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
+import latent_preview  # noqa: E402
+import server  # noqa: E402
+
+import nodes as comfy_nodes  # noqa: E402
+
+server.PromptServer(asyncio.new_event_loop())  # the nodes add their routes to it
+
+from comfyui_version import __version__ as VERSION  # noqa: E402
+from measure import Row, table  # noqa: E402
+from stochastic_fp8_pack.kernels.errors import ActivationError  # noqa: E402
+from stochastic_fp8_pack.nodes import calibration as calibration_nodes  # noqa: E402
+from stochastic_fp8_pack.nodes.quantize_model import StochasticFP8Quantize  # noqa: E402
+
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FEW, MANY = 3, 13
+"""Steps until a run is warm, and in all."""
+PLACES = {"room on the GPU": (calibration_nodes.SHARE_OF_ROOM, 2), "sums in main memory": (0, 4)}
+"""The share of the free memory that is used, and the bar: a recorded step over a plain one."""
+SAMPLER = {"cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+ROUND_SECONDS = 60
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=38, help="single blocks; half as many double ones")
+    parser.add_argument("--hidden", type=int, default=3072)
+    parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
+    options = parser.parse_args(ARGUMENTS)
+    print("## Calibrating in ComfyUI on an NVIDIA GPU\n")
+    name = torch.cuda.get_device_properties(0).name if GPU.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, ComfyUI {VERSION}, {os.cpu_count()} CPU cores.\n")
+    print(f"    {' '.join(['python tests/benchmarks/gpu_flux.py', *ARGUMENTS])}\n", flush=True)
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        folder_paths.set_temp_directory(folder)
+        print(table(rows(options)), flush=True)
+
+
+def flux(blocks, hidden):
+    """A Flux with random weights, in CPU memory."""
+    shapes = tiny_models.flux_shapes(blocks, hidden, context=4096, pooled=768)
+    kept = {key: shape for key, shape in shapes.items() if _double_block(key) < blocks // 2}
+    weights = {key: (torch.randn(shape, device=GPU) * 0.02).bfloat16().cpu() for key, shape in kept.items()}
+    return comfy.sd.load_diffusion_model_state_dict(weights)
+
+
+def _double_block(key):
+    found = re.match(r"double_blocks\.(\d+)", key)
+    return int(found[1]) if found else 0
+
+
+def rows(options):
+    model = flux(options.blocks, options.hidden)
+    positive = [[torch.randn(1, 512, 4096), {"pooled_output": torch.randn(1, 768), "guidance": 3.5}]]
+    latent = {"samples": torch.zeros(1, 16, options.side // 8, options.side // 8)}
+    inputs = {"model": model, "positive": positive, "negative": positive, "latent_image": latent}
+
+    sampler = [SAMPLER[name] for name in ("cfg", "sampler_name", "scheduler")]
+
+    def plain(steps):
+        comfy_nodes.common_ksampler(model, 0, steps, *sampler, positive, positive, latent)
+
+    whole = options.blocks == 38 and options.hidden == 3072
+    plain(1)
+    step, _ = per_step(plain)
+    yield say(Row(f"a plain step at {options.side} x {options.side}", f"{1e3 * step:.0f} ms", ""))
+    for place, (share, bar) in PLACES.items():
+        calibration_nodes.SHARE_OF_ROOM = share
+
+        def record(steps):
+            return calibration_nodes.StochasticFP8Calibrate.execute(**inputs, seed=0, steps=steps, runs=1, **SAMPLER)
+
+        reset_peak()
+        seconds, output = per_step(record)
+        met = (f"<= {bar} x", seconds / step <= bar) if whole else ("", None)
+        yield say(Row(f"recorded, {place}", f"{1e3 * seconds:.0f} ms", "a plain step", f"{seconds / step:.2f} x", *met))
+        calibration = output.args[0]
+        start = time.perf_counter()
+        record(1)
+        yield say(Row("the same: the whole node, one step", f"{time.perf_counter() - start:.1f} s", peak()))
+    size = f"{calibration.nbytes / 1e9:.1f} GB"
+    yield say(Row(f"the calibration of {len(calibration.layers)} layers", size, f"anonymous memory {anonymous()}"))
+    yield say(bad_input_row(inputs))
+    bars = {"calibrated": ROUND_SECONDS} if whole else {}
+    for rounding in ("nearest", "calibrated"):
+        start = time.perf_counter()
+        choices = {"format": "float8_e4m3fn", "scaling": "absmax", "seed": 0, "layers": "all_linear"}
+        StochasticFP8Quantize.execute(model, rounding=rounding, calibration=calibration, **choices)
+        seconds = time.perf_counter() - start
+        bar = bars.get(rounding)
+        met = (f"<= {bar} s", seconds <= bar) if bar else ("", None)
+        memory = f"anonymous memory {anonymous()}"
+        yield say(Row(f"the node Quantize, {rounding}", f"{seconds:.1f} s", memory, "", *met))
+
+
+def bad_input_row(inputs):
+    """NaN in the prompt must stop the node and name the first layer, though a GPU is not waited for."""
+    bad = [[torch.full((1, 512, 4096), float("nan")), inputs["positive"][0][1]]]
+    try:
+        calibration_nodes.StochasticFP8Calibrate.execute(
+            **{**inputs, "positive": bad}, seed=0, steps=2, runs=1, **SAMPLER
+        )
+    except ActivationError as error:
+        named = "'txt_in'" in str(error)
+        return Row("NaN in the prompt", "named the layer" if named else str(error), "", "", "", named)
+    return Row("NaN in the prompt", "not seen", "", "", "", False)
+
+
+def per_step(run):
+    """(seconds per step once FEW steps are done, which make and pin the sums; what a run of MANY steps returned)."""
+    prepare, ends = latent_preview.prepare_callback, []
+
+    def timed(*arguments):
+        callback = prepare(*arguments)
+
+        def end(*step):
+            synchronize()
+            ends.append(time.perf_counter())
+            return callback(*step)
+
+        return end
+
+    latent_preview.prepare_callback = timed
+    try:
+        result = run(MANY)
+    finally:
+        latent_preview.prepare_callback = prepare
+    return (ends[-1] - ends[FEW - 1]) / (MANY - FEW), result
+
+
+def say(row):
+    """The row, which is also logged at once."""
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+def synchronize():
+    if GPU.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peak():
+    if GPU.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak():
+    return f"peak {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if GPU.type == "cuda" else ""
+
+
+def anonymous():
+    """This process's memory that no file backs."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    return f"{int(found[1]) / 2**20:.1f} GiB"
+
+
+if __name__ == "__main__":
+    main()
