@@ -21,6 +21,7 @@ export function histogram({ low, high, counts }) {
     textContent: "Error in steps of the FP8 grid",
   });
   const readout = element("span", { textContent: "0" });
+  const last = bins.length - 1;
   const bars = bins.map((bin) => {
     const bar = element("div");
     bar.style.setProperty("--height", `${(100 * bin.count) / largest}%`);
@@ -40,7 +41,7 @@ export function histogram({ low, high, counts }) {
     bars[current].classList.remove("current");
     current = Math.max(0, Math.min(bins.length - 1, index));
     bars[current].classList.add("current");
-    readout.textContent = describeBin(bins[current], total);
+    readout.textContent = describeBin(bins[current], total, { isFirst: current === 0, isLast: current === last });
     chart.setAttribute("aria-valuenow", current);
     chart.setAttribute("aria-valuetext", readout.textContent);
   }
@@ -83,8 +84,18 @@ export function mergeBins(counts, low, high, size) {
   return bins;
 }
 
-function describeBin({ low, high, count }, total) {
-  return `${formatEdge(low)} to ${formatEdge(high)}: ${formatShare(count / total)}`;
+/**
+ * A bin and its share: "0.05 to 0.15: 8.21 %". The first and the last also hold everything beyond the axis.
+ * @param {{low: number, high: number, count: number}} bin
+ * @param {number} total
+ * @param {{isFirst?: boolean, isLast?: boolean}} place
+ * @returns {string}
+ */
+export function describeBin({ low, high, count }, total, { isFirst, isLast } = {}) {
+  const share = formatShare(count / total);
+  if (isFirst) return `below ${formatEdge(high)}: ${share}`;
+  if (isLast) return `above ${formatEdge(low)}: ${share}`;
+  return `${formatEdge(low)} to ${formatEdge(high)}: ${share}`;
 }
 
 function formatEdge(value) {

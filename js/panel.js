@@ -3,8 +3,9 @@
 import { element, indexForKey, isolateEvents, shadowHost, uniqueId } from "./dom.js";
 import { formatDecibels, formatSizes } from "./numbers.js";
 import { planRequests } from "./plan_request.js";
-import { errorView, hintView, linkedView, planSentence, planView } from "./plan_view.js";
+import { errorView, hintView, linkedView, planSentence, planView, problemList } from "./plan_view.js";
 import { idleView, layerText, progress, runningView, stoppedView, summaryView } from "./run_view.js";
+import { savedFiles } from "./result_box.js";
 import { PANEL } from "./styles.js";
 
 /** Milliseconds without a change before a plan is requested. */
@@ -56,11 +57,19 @@ export class Panel {
     this.lastAnnouncement = announcement;
   }
 
-  /** @param {import("./run_view.js").Summary} summary */
-  showSummary(summary) {
+  /** Seconds that the running job has taken; 0 if none runs. */
+  get seconds() {
+    return this.runState?.seconds ?? 0;
+  }
+
+  /**
+   * @param {import("./run_view.js").Summary} summary
+   * @param {import("./result_box.js").SavedFile[]} [files] that the node wrote
+   */
+  showSummary(summary, files = []) {
     this.#endRun();
     this.#selectTab("run");
-    this.#fillRun(summaryView(summary));
+    this.#fillRun([...savedFiles(files), ...summaryView(summary)]);
     const sizes = formatSizes(summary.bytes_before, summary.bytes_after);
     const text = `Quantized: ${sizes}, SQNR ${formatDecibels(summary.sqnr)}`;
     this.#announce(summary.layers ? text : "Nothing was quantized");
@@ -68,13 +77,24 @@ export class Panel {
 
   /**
    * Show that a job ended early. Does nothing if none was running.
-   * @param {string} outcome "Cancelled" or "Failed"
+   * @param {string} outcome "Cancelled", "Failed", or "Ended" where it is not known which
    */
   showStopped(outcome) {
     if (!this.runState) return;
     this.#fillRun(stoppedView(outcome, this.runState));
     this.#endRun();
     this.#announce(outcome);
+  }
+
+  /**
+   * Show why the node failed.
+   * @param {string} message
+   */
+  showError(message) {
+    this.#fillRun([...stoppedView("Failed", this.runState), ...errorView(message)]);
+    this.#endRun();
+    this.#selectTab("run");
+    this.#announce(`Failed: ${message}`);
   }
 
   /** Cancel pending requests. */
@@ -131,16 +151,28 @@ export class Panel {
     this.abortController?.abort();
   }
 
-  async #fetchPlan({ requests, linked }) {
+  async #fetchPlan({ requests, linked, problems }) {
     const { signal } = (this.abortController = new AbortController());
     const answers = await Promise.all(requests.map((request) => this.#answer(request, signal)));
     if (signal.aborted || this.removed) return;
-    this.#showPlan(answers, linked);
+    const unmatched = answers.find(({ plan }) => plan?.unmatched)?.plan.unmatched;
+    if (unmatched) this.#showUnmatched(unmatched);
+    else this.#showPlan(answers, linked, problems);
   }
 
-  #showPlan(answers, linked) {
-    const views = answers.flatMap(({ plan, error }) => (plan ? planView(plan) : errorView(error)));
-    this.#fillPlan(linked.length ? [...views, ...linkedView(linked)] : views);
+  /** Keep the last plan below a line about patterns that match nothing: one may be half typed. */
+  #showUnmatched(text) {
+    this.#fillPlan([...errorView(text), element("div", { class: "stale views" }, ...(this.lastPlan ?? []))]);
+  }
+
+  #showPlan(answers, linked, problems) {
+    const views = [
+      ...problemList(problems),
+      ...answers.flatMap(({ plan, error }) => (plan ? planView(plan) : errorView(error))),
+      ...(linked.length ? linkedView(linked) : []),
+    ];
+    if (answers.some(({ plan }) => plan)) this.lastPlan = views;
+    this.#fillPlan(views);
     const sentences = answers.map(({ plan, error }) => (plan ? planSentence(plan) : error));
     if (this.selected === "plan") this.#announce(sentences.join(". "));
   }

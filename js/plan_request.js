@@ -9,7 +9,24 @@ const PLANNED = {
   StochasticFP8QuantizeFile: { part: "file", input: null },
 };
 
-const CHOICES = ["format", "layers", "keep", "only", "layout", "matmul", "requantize"];
+const LIMITS = ["size_limit", "target_quality"];
+const CHOICES = [
+  "format",
+  "layers",
+  "keep",
+  "only",
+  "layout",
+  "matmul",
+  "requantize",
+  "for_another_comfyui",
+  ...LIMITS,
+];
+
+const MEASURED_HINT =
+  "The plan of layers measured needs a calibration file. Connect Load FP8 Calibration to see it, or press Run.";
+
+const CALIBRATED_PROBLEM =
+  "Rounding calibrated needs a calibration: connect a calibration node or Load FP8 Calibration to the input calibration.";
 
 /** The types of the nodes that have a plan. */
 export const PLANNED_NODES = Object.keys(PLANNED);
@@ -17,8 +34,9 @@ export const PLANNED_NODES = Object.keys(PLANNED);
 /**
  * @param {object} node
  * @param {object} rootGraph
- * @returns {{requests: object[], linked: string[]} | {hint: string}} one request per file, and the choices left out
- *   because their inputs are linked; or what to do before there can be a plan
+ * @returns {{requests: object[], linked: string[], problems: string[]} | {hint: string}} one request per file, the
+ *   choices left out because their inputs are linked, and what is missing for a run; or what to do before there can be a
+ *   plan
  */
 export function planRequests(node, rootGraph) {
   const { part, input } = PLANNED[node.comfyClass];
@@ -29,10 +47,28 @@ export function planRequests(node, rootGraph) {
   for (const { name, value } of node.widgets ?? []) {
     if (CHOICES.includes(name) && !linked.includes(name)) choices[name] = value;
   }
-  return { requests: found.files.map((file) => ({ file, part, ...choices })), linked };
+  if (choices.layers === "measured") {
+    const calibration = findFiles(node, "calibration", rootGraph);
+    if (calibration.hint) return { hint: MEASURED_HINT };
+    choices.calibration = calibration.files[0];
+    if (isLinked(node, "rounding")) linked.push("rounding");
+    else choices.rounding = widgetValue(node, "rounding");
+  }
+  const problems = findProblems(node);
+  return { requests: found.files.map((file) => ({ file, part, ...choices })), linked, problems };
+}
+
+/** What makes a run fail that the server cannot know. */
+function findProblems(node) {
+  const isCalibrated = widgetValue(node, "rounding") === "calibrated" && !isLinked(node, "rounding");
+  return isCalibrated && !isLinked(node, "calibration") ? [CALIBRATED_PROBLEM] : [];
+}
+
+function widgetValue(node, name) {
+  return node.widgets?.find((widget) => widget.name === name)?.value;
 }
 
 function chosenFile(node) {
-  const value = isLinked(node, "file") ? "" : node.widgets?.find(({ name }) => name === "file")?.value;
+  const value = isLinked(node, "file") ? "" : widgetValue(node, "file");
   return value ? { files: [value] } : { hint: "Choose a file in this node to see the plan." };
 }

@@ -25,7 +25,9 @@ import { noteList } from "./run_view.js";
  * @property {Row & {bytes_after: number}} quantized
  * @property {(Row & {reason: Reason})[]} kept
  * @property {{pattern: string, count: number, yours: boolean}[]} hits
+ * @property {string[]} problems what makes the run fail, or the file bad in the running ComfyUI
  * @property {string[]} notes
+ * @property {string[]} elsewhere what other versions of ComfyUI make of the file
  */
 
 /**
@@ -35,12 +37,23 @@ import { noteList } from "./run_view.js";
 export function planView(plan) {
   const source = `${plan.source} · ${familyText(plan)}`;
   return [
+    ...problemList(plan.problems),
     element("div", { class: "headline", textContent: formatSizes(plan.bytes_before, plan.bytes_after) }),
     element("div", { class: "muted ellipsis", title: plan.source, textContent: source }),
     planTable(plan),
-    ...hitList(plan.hits),
+    ...hitList(plan.hits.filter(({ count }) => count)),
     ...noteList(plan.notes),
+    ...elsewhereList(plan.elsewhere),
   ];
+}
+
+/**
+ * What makes a run fail or harms the image.
+ * @param {string[]} problems
+ * @returns {HTMLElement[]}
+ */
+export function problemList(problems) {
+  return problems.flatMap(errorView);
 }
 
 /**
@@ -91,6 +104,12 @@ export function planSentence(plan) {
 export function reasonText({ pattern, preset, text }) {
   if (!pattern) return text;
   return preset ? `${pattern} (preset ${preset})` : `${pattern} (your pattern)`;
+}
+
+function elsewhereList(texts) {
+  if (!texts.length) return [];
+  const title = element("summary", { textContent: "In other ComfyUI versions" });
+  return [element("details", { class: "elsewhere" }, title, ...noteList(texts))];
 }
 
 function familyText({ family }) {

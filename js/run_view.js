@@ -35,6 +35,8 @@ import {
  * @property {number} saturated values
  * @property {number} flushed values
  * @property {{key: string, sqnr: number|null}[]} worst
+ * @property {{chosen: number, nearest: number, worst: {key: string, error: number}[]}|null} output_error predicted
+ *   errors over the outputs of the layers, as shares: medians, and the layers with the largest; null unless calibrated
  * @property {{low: number, high: number, counts: number[]}} steps
  * @property {string[]} notes
  */
@@ -109,7 +111,7 @@ export function layerText({ layer, layers }) {
 
 /**
  * Shown when a job ended early.
- * @param {string} outcome "Cancelled" or "Failed"
+ * @param {string} outcome "Cancelled", "Failed" or "Ended"
  * @param {RunState} [state] the last message
  * @returns {HTMLElement[]}
  */
@@ -125,8 +127,9 @@ export function stoppedView(outcome, state) {
 export function summaryView(summary) {
   if (!summary.layers) return [element("p", { textContent: "Nothing was quantized." }), ...noteList(summary.notes)];
   const share = (count) => formatShare(summary.count ? count / summary.count : 0);
+  const output = summary.output_error;
   const facts = [
-    ["SQNR", formatDecibels(summary.sqnr)],
+    [output ? "SQNR of weights" : "SQNR", formatDecibels(summary.sqnr)],
     ["Bias", formatSmall(summary.bias)],
     ["Saturated", share(summary.saturated)],
     ["Flushed to 0", share(summary.flushed)],
@@ -137,9 +140,10 @@ export function summaryView(summary) {
       class: "muted",
       textContent: `${formatCount(summary.layers, "layer")} to ${summary.format}, ${summary.rounding}; ${formatCount(summary.kept, "tensor")} kept`,
     }),
+    ...(output ? outputErrorView(output) : []),
     factList(facts),
     histogram(summary.steps),
-    worstList(summary.worst),
+    output ? worstOutputs(output.worst) : worstWeights(summary.worst),
     ...noteList(summary.notes),
   ];
 }
@@ -161,19 +165,46 @@ function factList(facts) {
   return element("dl", { class: "facts" }, ...parts);
 }
 
-function worstList(worst) {
-  const items = worst.map(({ key, sqnr }) =>
+/** What calibrated rounding is for. It moves weights further than nearest, so that their SQNR alone misleads. */
+function outputErrorView({ chosen, nearest }) {
+  const text =
+    "Calibrated rounding lowers the error of the layer outputs. The SQNR of the weights can be lower for it.";
+  return [
+    factList([
+      ["Predicted output error (median)", formatShare(chosen)],
+      ["With nearest", formatShare(nearest)],
+    ]),
+    element("div", { class: "muted", textContent: text }),
+  ];
+}
+
+function worstWeights(worst) {
+  return layerList(
+    "Lowest SQNR",
+    worst.map(({ key, sqnr }) => [key, formatDecibels(sqnr)]),
+  );
+}
+
+function worstOutputs(worst) {
+  return layerList(
+    "Largest predicted output error",
+    worst.map(({ key, error }) => [key, formatShare(error)]),
+  );
+}
+
+function layerList(title, rows) {
+  const items = rows.map(([key, value]) =>
     element(
       "li",
       {},
       element("span", { class: "name ellipsis", title: key, textContent: key }),
-      element("span", { class: "number", textContent: formatDecibels(sqnr) }),
+      element("span", { class: "number", textContent: value }),
     ),
   );
   return element(
     "div",
     {},
-    element("div", { class: "muted", textContent: "Lowest SQNR" }),
+    element("div", { class: "muted", textContent: title }),
     element("ol", { class: "worst" }, ...items),
   );
 }

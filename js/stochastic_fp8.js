@@ -6,7 +6,8 @@ import { ABSlider } from "./ab_slider.js";
 import { chainCallback } from "./dom.js";
 import { Panel } from "./panel.js";
 import { PLANNED_NODES } from "./plan_request.js";
-import { nodeByExecutionId } from "./trace.js";
+import { ResultBox } from "./result_box.js";
+import { locatorId, nodeByExecutionId } from "./trace.js";
 
 const SLIDER_NODE = "StochasticFP8ImageCompare";
 const PANEL_SIZE = { width: 380, height: 260 };
@@ -14,8 +15,30 @@ const PANEL_SIZE = { width: 380, height: 260 };
 const MARGIN = 10;
 const SLIDER_SIZE = { width: 340, height: 300 };
 
+/** Node type -> the size of the box with its result. */
+const RESULT_NODES = {
+  StochasticFP8Save: { width: 300, height: 50 },
+  StochasticFP8SaveCalibration: { width: 300, height: 50 },
+  StochasticFP8Inspect: { width: 340, height: 130 },
+};
+
+/** Milliseconds between two questions to the server about jobs of which this page gets no messages. */
+const POLL = 1000;
+
+/** Seconds of a job whose end is announced. */
+const LONG_JOB = 30;
+
 /** @type {Map<object, Panel>} node -> its panel; nodes that are removed leave it */
 const panels = new Map();
+
+/**
+ * Node -> its element, and how to show what it reports; nodes that are removed leave it.
+ * @type {Map<object, {host: HTMLElement, show: (output: object) => void, fail?: (message: string) => void}>}
+ */
+const views = new Map();
+
+let lastMessage = 0;
+let pollTimer = 0;
 
 const rootGraph = () => app.rootGraph ?? app.graph;
 
@@ -23,21 +46,31 @@ app.registerExtension({
   name: "stochastic_fp8",
 
   setup() {
-    api.addEventListener("stochastic_fp8.live", ({ detail }) => showMessage(detail));
+    api.addEventListener("stochastic_fp8.live", ({ detail }) => hear(detail));
     api.addEventListener("execution_interrupted", () => stopAll("Cancelled"));
-    api.addEventListener("execution_error", () => stopAll("Failed"));
-    api.addEventListener("graphChanged", refreshPlans);
+    api.addEventListener("execution_error", ({ detail }) => showError(detail));
+    api.addEventListener("execution_cached", ({ detail }) => showCached(detail));
+    api.addEventListener("graphChanged", () => {
+      replaceOldElements();
+      refreshPlans();
+    });
   },
 
   nodeCreated(node) {
     if (PLANNED_NODES.includes(node.comfyClass)) addPanel(node);
     if (node.comfyClass === SLIDER_NODE) addSlider(node);
+    if (RESULT_NODES[node.comfyClass]) addResultBox(node, RESULT_NODES[node.comfyClass]);
   },
 
   async afterConfigureGraph() {
+    replaceOldElements();
+    showOutputs(app.nodeOutputs);
     refreshPlans();
     await restoreMessages();
   },
+
+  /** ComfyUI brings back the outputs of a workflow when its tab is shown again. */
+  onNodeOutputsUpdated: showOutputs,
 });
 
 function addPanel(node) {
@@ -45,13 +78,20 @@ function addPanel(node) {
   panels.set(node, panel);
   const refresh = () => queueMicrotask(() => panels.has(node) && node.graph && panel.refreshPlan());
   for (const widget of node.widgets) chainCallback(widget, "callback", refresh);
-  addElement(node, "stochastic_fp8_panel", panel.host, PANEL_SIZE);
+  const show = (output) => {
+    const summary = output?.stochastic_fp8?.[0];
+    if (!summary) return;
+    announceEnd(node, panel.seconds);
+    panel.showSummary(summary, output.stochastic_fp8_files);
+  };
+  addView(
+    node,
+    "stochastic_fp8_panel",
+    { host: panel.host, show, fail: (message) => panel.showError(message) },
+    PANEL_SIZE,
+  );
   chainCallback(node, "onConnectionsChange", refresh);
   chainCallback(node, "onAdded", refresh);
-  chainCallback(node, "onExecuted", (output) => {
-    const summary = output?.stochastic_fp8?.[0];
-    if (summary) panel.showSummary(summary);
-  });
   chainCallback(node, "onRemoved", () => {
     panels.delete(node);
     panel.remove();
@@ -61,11 +101,25 @@ function addPanel(node) {
 function addSlider(node) {
   const amplify = node.widgets?.find(({ name }) => name === "amplify");
   const slider = new ABSlider({ imageUrl, amplify: () => amplify?.value ?? 8 });
-  addElement(node, "stochastic_fp8_slider", slider.host, SLIDER_SIZE);
-  if (amplify) chainCallback(amplify, "callback", () => slider.refresh());
-  chainCallback(node, "onExecuted", (output) => {
+  const show = (output) => {
     if (output?.a_images && output?.b_images) slider.show(output.a_images, output.b_images, output.names);
-  });
+  };
+  addView(node, "stochastic_fp8_slider", { host: slider.host, show }, SLIDER_SIZE);
+  if (amplify) chainCallback(amplify, "callback", () => slider.refresh());
+}
+
+function addResultBox(node, size) {
+  const box = new ResultBox();
+  const show = (output) => box.show(output?.stochastic_fp8_files, output?.text);
+  addView(node, "stochastic_fp8_result", { host: box.host, show, fail: (message) => box.showError(message) }, size);
+}
+
+/** Add the element of a view to a node. It shows what the node reports. */
+function addView(node, name, view, size) {
+  views.set(node, view);
+  addElement(node, name, view.host, size);
+  chainCallback(node, "onExecuted", view.show);
+  chainCallback(node, "onRemoved", () => views.delete(node));
 }
 
 /** Add an element as the last widget of a node. It is not saved in the workflow or the prompt. */
@@ -75,6 +129,7 @@ function addElement(node, name, host, { width, height }) {
   const widget = node.addDOMWidget(name, name, host, {
     serialize: false,
     hideOnZoom: false,
+    hideInPanel: true,
     getMinHeight: () => height + 2 * MARGIN,
   });
   widget.serialize = false;
@@ -106,6 +161,62 @@ function stopAll(outcome) {
   for (const panel of panels.values()) panel.showStopped(outcome);
 }
 
+/**
+ * Put the elements of nodes in place of those of earlier nodes with the same ids. Undo makes all nodes anew, and
+ * Nodes 2.0 then keeps the elements that it has mounted.
+ */
+function replaceOldElements() {
+  for (const box of document.querySelectorAll("[data-node-id]")) {
+    const host = views.get(app.canvas?.graph?.getNodeById(box.dataset.nodeId))?.host;
+    const shown = host && box.querySelector(`.${host.className}`);
+    if (shown && shown !== host) shown.replaceWith(host);
+  }
+}
+
+/**
+ * Show what nodes reported before, as ComfyUI does with its own previews.
+ * @param {Object<string, object>} outputs by locator id
+ */
+function showOutputs(outputs) {
+  for (const [node, { show }] of views) {
+    const output = node.graph && outputs?.[locatorId(node)];
+    if (output) show(output);
+  }
+}
+
+/** Show the numbers of nodes that ComfyUI does not run again: it reports those of output nodes only. */
+async function showCached({ nodes, prompt_id: prompt }) {
+  const root = rootGraph();
+  const cached = nodes.map((id) => [id, nodeByExecutionId(root, id)]).filter(([, node]) => panels.has(node));
+  if (!cached.length) return;
+  const summaries = await fetchSummaries(prompt);
+  for (const [id, node] of cached) {
+    if (!summaries[id] || !views.has(node)) continue;
+    const output = { ...app.nodeOutputs[locatorId(node)], stochastic_fp8: [summaries[id]] };
+    app.nodeOutputs[locatorId(node)] = output;
+    views.get(node).show(output);
+  }
+}
+
+/** Show why a node failed. All other jobs have ended too. */
+function showError({ node_id: id, node_type: type, exception_message: message }) {
+  const node = nodeByExecutionId(rootGraph(), id);
+  if (node?.comfyClass === type) views.get(node)?.fail?.(message.trim());
+  stopAll("Failed");
+}
+
+function announceEnd(node, seconds) {
+  if (seconds >= LONG_JOB) {
+    app.extensionManager?.toast?.add({ severity: "success", summary: `${node.title}: done`, life: 5000 });
+  }
+}
+
+/** A message about a job that this page has queued. */
+function hear(message) {
+  lastMessage = Date.now();
+  showMessage(message);
+}
+
 /** Show a message of the server about a job. Messages about other workflows are ignored. */
 function showMessage(message) {
   const root = rootGraph();
@@ -114,11 +225,49 @@ function showMessage(message) {
   if (!panel) return;
   if (message.summary) panel.showSummary(message.summary);
   else panel.showRunning(message);
+  clearTimeout(pollTimer);
+  pollTimer = setTimeout(poll, POLL);
 }
 
-/** Show the last messages of running jobs, after the page or the workflow was opened in the middle of one. */
+/**
+ * Ask for news of running jobs while no messages come. ComfyUI sends them only to the page that queued the job, which
+ * may be in another tab of the browser.
+ */
+async function poll() {
+  const running = [...panels.values()].filter((panel) => panel.runState);
+  if (!running.length) return;
+  if (Date.now() - lastMessage > POLL) {
+    const messages = await restoreMessages();
+    if (messages) await Promise.all(running.map((panel) => showEnd(panel, messages)));
+  }
+  clearTimeout(pollTimer);
+  pollTimer = setTimeout(poll, POLL);
+}
+
+/** Show how the job of a panel ended, if the server's messages are no longer about it. */
+async function showEnd(panel, messages) {
+  const state = panel.runState;
+  if (!state || messages.some(({ node, prompt }) => node === state.node && prompt === state.prompt)) return;
+  const summary = (await fetchSummaries(state.prompt))[state.node];
+  if (panel.runState !== state) return;
+  if (summary) panel.showSummary(summary);
+  else panel.showStopped("Ended");
+}
+
+/**
+ * Show the last messages of running jobs, after the page or the workflow was opened in the middle of one.
+ * @returns {Promise<object[]|null>} the messages; null if the server does not answer
+ */
 async function restoreMessages() {
-  if (!panels.size) return;
+  if (!panels.size) return [];
   const answer = await api.fetchApi("/stochastic_fp8/live");
-  if (answer.ok) (await answer.json()).forEach(showMessage);
+  if (!answer.ok) return null;
+  const messages = await answer.json();
+  messages.forEach(showMessage);
+  return messages;
+}
+
+async function fetchSummaries(prompt) {
+  const answer = await api.fetchApi(`/stochastic_fp8/summaries?${new URLSearchParams({ prompt })}`);
+  return answer.ok ? await answer.json() : {};
 }

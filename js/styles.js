@@ -19,19 +19,22 @@ button { font: inherit; color: inherit; background: none; border: 0; cursor: poi
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 3px; }
 .visually-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 [hidden] { display: none !important; }
+.muted { color: var(--muted); }
+.error { color: var(--error); overflow-wrap: anywhere; }
+.name { font: 11px/1.45 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 `;
 
 export const PANEL = `${BASE}
+.elsewhere summary { color: var(--muted); cursor: pointer; }
 [role=tablist] { display: flex; flex: none; border-bottom: 1px solid var(--line); }
 [role=tab] { padding: 4px 12px; color: var(--muted); border-bottom: 2px solid transparent; }
 [role=tab][aria-selected=true] { color: inherit; border-color: var(--accent); }
-[role=tabpanel] { flex: 1; min-height: 0; overflow: hidden auto; scrollbar-width: thin; padding: 8px 10px; display: grid; gap: 8px; align-content: start; grid-auto-rows: max-content; }
+[role=tabpanel] { flex: 1; min-height: 0; overflow: hidden auto; scrollbar-width: thin; padding: 8px 10px; }
+[role=tabpanel], .views { display: grid; gap: 8px; align-content: start; grid-auto-rows: max-content; }
 .headline { font-size: 14px; font-weight: 600; }
-.muted { color: var(--muted); }
-.error { color: var(--error); }
 .stale { opacity: .55; }
+.views.stale { opacity: .75; }
 .ellipsis { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.name { font: 11px/1.45 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: 2px 8px 2px 0; vertical-align: top; text-align: left; font-weight: normal; }
 thead th { color: var(--muted); }
@@ -60,6 +63,11 @@ td button[aria-expanded=true]::before { content: "▾"; }
 .worst li { display: contents; }
 `;
 
+export const RESULT = `${BASE}
+.content { flex: 1; min-height: 0; overflow: hidden auto; scrollbar-width: thin; padding: 6px 10px; display: grid; gap: 4px; align-content: start; }
+.text { white-space: pre-line; overflow-wrap: anywhere; }
+`;
+
 export const SLIDER = `${BASE}
 .bar { flex: none; display: flex; align-items: center; gap: 4px; padding: 4px 6px; border-bottom: 1px solid var(--line); }
 .bar button { padding: 2px 8px; border-radius: 4px; color: var(--muted); }
@@ -67,7 +75,7 @@ export const SLIDER = `${BASE}
 .bar button:disabled { opacity: .4; cursor: default; }
 .pairs { margin-left: auto; display: flex; align-items: center; gap: 2px; white-space: nowrap; }
 .stage { flex: 1; min-height: 0; display: grid; place-items: center; container-type: size; padding: 0; }
-.muted { color: var(--muted); padding: 10px; text-align: center; }
+.muted { padding: 10px; text-align: center; }
 .pictures {
   position: relative; overflow: hidden; touch-action: none; user-select: none; cursor: ew-resize;
   aspect-ratio: var(--ratio, 1); width: min(100cqw, 100cqh * var(--ratio, 1));

@@ -10,6 +10,7 @@ const LOADERS = {
   CheckpointLoader: CHECKPOINT,
   ImageOnlyCheckpointLoader: CHECKPOINT,
   unCLIPCheckpointLoader: CHECKPOINT,
+  StochasticFP8LoadCalibration: { kind: "fp8_calibrations", widgets: ["calibration_name"] },
   CLIPLoader: { kind: "text_encoders", widgets: ["clip_name"] },
   DualCLIPLoader: { kind: "text_encoders", widgets: ["clip_name1", "clip_name2"] },
   TripleCLIPLoader: { kind: "text_encoders", widgets: ["clip_name1", "clip_name2", "clip_name3"] },
@@ -18,6 +19,9 @@ const LOADERS = {
     widgets: ["clip_name1", "clip_name2", "clip_name3", "clip_name4"],
   },
 };
+
+/** Nodes that make a calibration from another one: what goes into them is not what comes out. */
+const MAKERS = ["StochasticFP8Calibrate", "StochasticFP8CalibrateTextEncoder", "StochasticFP8Sensitivity"];
 
 /** Node type -> the file in this pack that it loads. */
 const BUNDLED_FILES = { StochasticFP8DemoModel: "demo/tiny_sd3_landscapes.safetensors" };
@@ -74,7 +78,7 @@ export function isLinked(node, name) {
  * @returns {Output|null}
  */
 function upstreamOutput({ node, slot }, type, rootGraph) {
-  if (node.mode === MUTED) return null;
+  if (node.mode === MUTED || makesItsOutput(node)) return null;
   if (node.subgraph && node.mode !== BYPASSED) {
     return linkOrigin(node.subgraph, node.subgraph.outputs[slot]?.linkIds?.[0], rootGraph);
   }
@@ -82,6 +86,10 @@ function upstreamOutput({ node, slot }, type, rootGraph) {
     node.inputs?.find((candidate) => candidate.type === type && candidate.link != null) ??
     node.inputs?.find((candidate) => candidate.type === "*" && candidate.link != null);
   return input ? linkOrigin(node.graph, input.link, rootGraph) : null;
+}
+
+function makesItsOutput(node) {
+  return node.mode !== BYPASSED && MAKERS.includes(node.comfyClass ?? node.type);
 }
 
 /**
@@ -160,6 +168,15 @@ function subgraphNode(graph, subgraph) {
     if (inner) return inner;
   }
   return null;
+}
+
+/**
+ * The id under which ComfyUI's page keeps what a node reported.
+ * @param {object} node
+ * @returns {string} such as "7" or, in a subgraph, "<id of the subgraph>:7"
+ */
+export function locatorId({ id, graph }) {
+  return graph.isRootGraph === false ? `${graph.id}:${id}` : String(id);
 }
 
 /**

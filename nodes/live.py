@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -18,11 +22,21 @@ EVENT = "stochastic_fp8.live"
 OUTPUT = "stochastic_fp8"
 """The key of the summary among the outputs that a node reports to the page."""
 
+FILES = "stochastic_fp8_files"
+"""The key of the files that a node wrote among its outputs."""
+
 INTERVAL = 0.1
 """Least time between two messages of a job, in seconds."""
 
 WORST = 5
-"""Layers that a summary lists by name, those with the lowest SQNR."""
+"""Layers that a summary lists by name: those with the lowest SQNR or, if calibrated, the largest output error."""
+
+MOST_SUMMARIES = 256
+"""Summaries that are remembered for runs which ComfyUI answers from its cache."""
+
+
+Prompt = dict[str, dict[str, Any]]
+"""A prompt in ComfyUI's API format: node id -> its class_type and inputs."""
 
 
 class LastMessages:
@@ -43,6 +57,38 @@ class LastMessages:
 
 
 last_messages = LastMessages()
+
+
+class Summaries:
+    """The summaries of earlier runs, by all that they were computed from."""
+
+    def __init__(self) -> None:
+        self._by_inputs: dict[str, dict[str, Any]] = {}
+
+    def keep(self, prompt: Prompt, node: str, summary: dict[str, Any]) -> None:
+        """Remember what a node of this prompt reported. The oldest are forgotten."""
+        key = _inputs_key(prompt, node)
+        self._by_inputs.pop(key, None)
+        self._by_inputs[key] = summary
+        while len(self._by_inputs) > MOST_SUMMARIES:
+            del self._by_inputs[next(iter(self._by_inputs))]
+
+    def of(self, prompt: Prompt) -> dict[str, dict[str, Any]]:
+        """Node id -> summary, for the nodes that have run with the same inputs before."""
+        kept = {node: self._by_inputs.get(_inputs_key(prompt, node)) for node in prompt}
+        return {node: summary for node, summary in kept.items() if summary}
+
+
+summaries = Summaries()
+
+
+def summaries_of_prompt(prompt_id: str) -> dict[str, dict[str, Any]]:
+    """Node id -> summary, for a prompt that runs or has run; empty for any other."""
+    prompt = _prompt(prompt_id)
+    if prompt is None:
+        history = PromptServer.instance.prompt_queue.get_history(prompt_id=prompt_id)
+        prompt = history[prompt_id]["prompt"][2] if prompt_id in history else None
+    return summaries.of(prompt) if prompt else {}
 
 
 class LiveJob:
@@ -83,7 +129,22 @@ def summary_output(report: Report) -> dict[str, list[dict[str, Any]]]:
     identity = _identity()
     if identity:
         last_messages.keep({**identity, "summary": summary})
+        prompt = _prompt(identity["prompt"])
+        if prompt and identity["node"] in prompt:
+            summaries.keep(prompt, identity["node"], summary)
     return {OUTPUT: [summary]}
+
+
+def files_output(folder: str, files: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Files that a node wrote, as part of what it reports to the page.
+
+    folder: under output/. files: path by the name under which ComfyUI's loaders list it.
+    """
+    return {
+        FILES: [
+            {"name": name, "folder": f"output/{folder}", "bytes": path.stat().st_size} for name, path in files.items()
+        ]
+    }
 
 
 def summarize(report: Report) -> dict[str, Any]:
@@ -107,9 +168,47 @@ def summarize(report: Report) -> dict[str, Any]:
         "worst": [
             {"key": layer.key, "sqnr": _finite(layer.error.sqnr)} for layer in report.worst(WORST) if layer.error
         ],
+        "output_error": _output_error(report),
         "steps": {"low": edges[0], "high": edges[-1], "counts": list(error.step_histogram)},
         "notes": list(report.notes),
     }
+
+
+def _output_error(report: Report) -> dict[str, Any] | None:
+    """The predicted errors over the layers' outputs: medians, and the layers with the largest. None if unknown."""
+    errors = {layer.key: layer.output_error for layer in report.layers if layer.output_error}
+    if not errors:
+        return None
+    largest = sorted(errors, key=lambda key: (-errors[key].chosen, key))[:WORST]
+    return {
+        "chosen": median(error.chosen for error in errors.values()),
+        "nearest": median(error.nearest for error in errors.values()),
+        "worst": [{"key": key, "error": errors[key].chosen} for key in largest],
+    }
+
+
+def _inputs_key(prompt: Prompt, node: str) -> str:
+    """A text that is equal for nodes with equal inputs, up to the first loader."""
+    upstream: dict[str, Any] = {}
+    waiting = [node]
+    while waiting:
+        name = waiting.pop()
+        if name not in upstream and name in prompt:
+            inputs = prompt[name]["inputs"]
+            upstream[name] = [prompt[name]["class_type"], inputs]
+            waiting += [value[0] for value in inputs.values() if _is_link(value)]
+    text = json.dumps([node, upstream], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_link(value: Any) -> bool:
+    """Whether an input of a prompt is [node id, index of the output]."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _prompt(prompt_id: str) -> Prompt | None:
+    """A running prompt."""
+    return next((item[2] for item in _running() if item[1] == prompt_id), None)
 
 
 def _identity() -> dict[str, Any]:

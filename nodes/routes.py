@@ -12,10 +12,10 @@ from comfy.cli_args import args
 from server import PromptServer
 
 from ..kernels import Recipe
-from ..kernels.errors import PatternError, StochasticFP8Error
+from ..kernels.errors import PatternError, StochasticFP8Error, UnknownPatternError
 from ..kernels.selection.patterns import check_length
 from ..kernels.selection.selection import LAYERS
-from .live import last_messages
+from .live import last_messages, summaries_of_prompt
 from .options import MATMUL_NAMES, patterns, recipe
 from .plan import PARTS, NoSuchFile, make_plan
 
@@ -27,8 +27,12 @@ MAX_TEXT_LENGTH = 4096
 
 PATTERNS = ("keep", "only")
 
-PLAN_INPUTS = ("format", "layers", *PATTERNS, "layout", "matmul")
-"""The node inputs that a plan depends on, besides the file and requantize."""
+LIMITS = ("size_limit", "target_quality")
+
+SWITCHES = ("requantize", "for_another_comfyui")
+
+PLAN_INPUTS = ("format", "rounding", "layers", *PATTERNS, "layout", "matmul", *LIMITS)
+"""The node inputs that a plan depends on, besides the file, the switches and the calibration."""
 
 routes = PromptServer.instance.routes
 
@@ -47,15 +51,26 @@ async def get_live(request: web.Request) -> web.Response:
     return web.json_response(last_messages.of_running_prompts())
 
 
+@routes.get("/stochastic_fp8/summaries")
+async def get_summaries(request: web.Request) -> web.Response:
+    """?prompt=ID -> the summaries of its nodes by node id, from this run or one with the same inputs."""
+    return web.json_response(summaries_of_prompt(request.query.get("prompt", "")))
+
+
 @routes.post("/stochastic_fp8/plan")
 async def post_plan(request: web.Request) -> web.Response:
-    """{"file", "part", "requantize", and any of PLAN_INPUTS} -> make_plan's answer, or {"error": one line}."""
+    """{"file", "part", SWITCHES, and any of PLAN_INPUTS} -> make_plan's answer, or {"error": one line}.
+
+    {"unmatched": one line} for patterns that match nothing, such as a name that is half typed.
+    """
     try:
         _check_origin(request)
         arguments = _plan_arguments(await _json_object(request))
         return web.json_response(await asyncio.to_thread(make_plan, *arguments))
     except BadRequest as error:
         return _refusal(error.status, error)
+    except UnknownPatternError as error:
+        return web.json_response({"unmatched": " ".join(str(error).splitlines())})
     except NoSuchFile as error:
         return _refusal(404, error)
     except (StochasticFP8Error, ValueError, OSError) as error:
@@ -104,16 +119,21 @@ async def _json_object(request: web.Request) -> dict[str, Any]:
     return body
 
 
-def _plan_arguments(body: dict[str, Any]) -> tuple[str, str, Recipe, bool]:
+def _plan_arguments(body: dict[str, Any]) -> tuple[str, str, Recipe, bool, str, bool]:
     """The arguments of make_plan. Raises BadRequest, and ValueError for a choice that Recipe does not know."""
-    file, part, requantize = body.pop("file", ""), body.pop("part", "file"), body.pop("requantize", False)
+    file, part, calibration = body.pop("file", ""), body.pop("part", "file"), body.pop("calibration", "")
+    switches = {name: body.pop(name, False) for name in SWITCHES}
     unknown = [name for name in body if name not in PLAN_INPUTS]
     if unknown:
-        known = ", ".join(("file", "part", "requantize", *PLAN_INPUTS))
+        known = ", ".join(("file", "part", "calibration", *SWITCHES, *PLAN_INPUTS))
         raise BadRequest(f"unknown fields: {', '.join(unknown)}; the known ones are {known}")
-    if not isinstance(requantize, bool):
-        raise BadRequest("requantize: must be true or false")
-    texts = {"file": file, "part": part, **body}
+    wrong = [name for name, switch in switches.items() if not isinstance(switch, bool)]
+    if wrong:
+        raise BadRequest(f"{', '.join(wrong)}: must be true or false")
+    numbers = {name: body.pop(name) for name in LIMITS if name in body}
+    if any(type(number) not in (int, float) for number in numbers.values()):
+        raise BadRequest(f"{', '.join(numbers)}: must be a number")
+    texts = {"file": file, "part": part, "calibration": calibration, **body}
     wrong = [name for name, text in texts.items() if not isinstance(text, str)]
     if wrong:
         raise BadRequest(f"{', '.join(wrong)}: must be a text")
@@ -127,7 +147,8 @@ def _plan_arguments(body: dict[str, Any]) -> tuple[str, str, Recipe, bool]:
     for name, table in (("part", PARTS), ("layers", LAYERS), ("matmul", MATMUL_NAMES)):
         if texts.get(name, next(iter(table))) not in table:
             raise BadRequest(f"{name} must be one of {', '.join(table)}")
-    return file, part, recipe(**body), requantize
+    chosen = recipe(**body, **numbers)
+    return file, part, chosen, switches["requantize"], calibration, switches["for_another_comfyui"]
 
 
 def _refusal(status: int, error: Exception) -> web.Response:

@@ -4,6 +4,10 @@ import json
 
 import pytest
 from browser.workspace import RENDERERS, THEMES
+from safetensors.torch import load_file
+from stochastic_fp8_pack.kernels.calibration.file import save_calibration
+from stochastic_fp8_pack.kernels.calibration.moments import Calibration
+from stochastic_fp8_pack.kernels.calibration.sensitivity import LayerEffect, RoundingErrors, Sensitivity
 from stochastic_fp8_pack.kernels.engine.file_job import plan_file, quantize_file
 
 LIVE_MESSAGES = """(() => {
@@ -73,10 +77,47 @@ def test_the_plan_follows_what_is_typed(workspace, models, renderer):
     shown = workspace.wait_text("joint_blocks.0 (your pattern)")
     assert (len(kept.layers), dict(kept.pattern_hits)["joint_blocks.0"]) == (5, 10)
     assert "joint_blocks.0 × 10" in " ".join(shown.split())
-    keep.fill("joint_block")
-    assert "did you mean" in workspace.wait_text("matches no tensor")
+    keep.fill("joint_block, foo")
+    shown = workspace.wait_text("pattern 'foo' matches no tensor")
+    assert "did you mean" in shown
+    assert shown.index("matches") < shown.index("joint_blocks.0 (your pattern)"), "the last plan stays"
+    keep.fill("*")
+    shown = workspace.wait_text("has nothing to quantize: kept by pattern '*'")
+    assert shown.index("nothing to quantize") < shown.index("MB →")
+    assert not [error for error in workspace.page.take_log()[0] if "stochastic_fp8" in error]
     workspace.find("button >> text=Run").click()
     assert "Numbers appear here" in workspace.wait_text("when this node runs")
+
+
+def write_effects(folder, source):
+    """A calibration file with an effect of each layer of a model."""
+    errors = RoundingErrors(*({"float8_e4m3fn": 0.02, "float8_e5m2": 0.04} for _ in range(2)))
+    effects = {name: LayerEffect(1e-5 * (1 + i % 5), errors) for i, name in enumerate(sorted(load_file(source)))}
+    path = folder / "effects.safetensors"
+    save_calibration(Calibration({}, "", Sensitivity(effects, 1.0, 2)), path, overwrite=True)
+    return path.name
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_the_plan_shows_the_measured_choice_while_the_limit_is_typed(workspace, models, renderer, theme):
+    workspace.open(renderer, theme)
+    file = write_effects(models.models("fp8_calibrations"), models.models("diffusion_models") / "tiny.safetensors")
+    quantize = add_quantize(workspace, layers="measured", rounding="nearest", size_limit=0.003)
+    workspace.wait_text("needs a calibration file. Connect Load FP8 Calibration")
+    loader = workspace.add("StochasticFP8LoadCalibration", (100, 400), calibration_name=file)
+    workspace.connect(loader, 0, quantize, "calibration")
+    shown = workspace.wait_text("chosen by measured effect per byte")
+    assert "changes the picture most per byte" in shown
+    assert "The file takes at most 2.9" in shown
+    assert workspace.violations() == []
+    workspace.screenshot(f"measured_{renderer}_{theme}")
+    limit = "widgets.find(({ name }) => name === 'size_limit')"
+    workspace.page.evaluate(
+        f"(() => {{ const w = app.graph.getNodeById({json.dumps(quantize)}).{limit};"
+        "w.value = 0.001; w.callback?.(0.001); })()"
+    )
+    workspace.wait_text("is too small: the smallest possible file takes")
 
 
 def test_the_rows_of_a_plan_open_by_keyboard(workspace):
@@ -100,7 +141,7 @@ def test_the_histogram_can_be_read_by_keyboard_and_hover(workspace):
     bars = workspace.find(".bars")
     assert bars.getAttribute("aria-valuetext").startswith("−0.05 to 0.05: ")
     bars.press("Home")
-    assert bars.getAttribute("aria-valuetext") == "−1.27 to −1.17: 0 %"  # nearest errs by half a step at most
+    assert bars.getAttribute("aria-valuetext") == "below −1.17: 0 %"  # nearest errs by half a step at most
     workspace.find(".bars > div >> nth=13").hover()
     assert bars.getAttribute("aria-valuenow") == "13"
 
@@ -147,7 +188,8 @@ def test_a_workflow_opened_again_shows_no_old_numbers(workspace):
     workspace.wait_text("Lowest SQNR")
     saved = workspace.page.evaluate("app.graph.serialize()")
     values = next(node["widgets_values"] for node in saved["nodes"] if str(node["id"]) == str(quantize))
-    assert values == ["float8_e4m3fn", "stochastic", "absmax", 0, "auto", "", "", "full precision", "error", "auto"]
+    choices = ["float8_e4m3fn", "stochastic", "absmax", 0, "auto", "", "", "full precision", "error", "auto", 0, 0]
+    assert values == choices
     workspace.load(saved)
     assert "Lowest SQNR" not in workspace.wait_text("2.54\u00a0MB")
     workspace.find("button >> text=Run").click()
@@ -218,3 +260,24 @@ def test_a_removed_node_leaves_nothing_behind(workspace):
         workspace.page.evaluate(f"app.graph.remove(app.graph.getNodeById({node}))")
     for kind in ("panel", "slider"):
         workspace.page.wait(f"document.querySelectorAll('.stochastic_fp8_{kind}').length === 0")
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_saved_preset_outside_the_list_stays(workspace, renderer):
+    """Workflows that were saved when the list had every preset."""
+    workspace.open(renderer)
+    quantize = add_quantize(workspace)
+    workspace.wait_text("2.54\u00a0MB → 1.90\u00a0MB")
+    assert "t5xxl" not in workspace.node(quantize, "widgets.find(({ name }) => name === 'layers').options.values")
+    saved = workspace.page.evaluate("app.graph.serialize()")
+    node = next(node for node in saved["nodes"] if str(node["id"]) == str(quantize))
+    node["widgets_values"][4] = "t5xxl"
+    workspace.load(saved)
+    assert workspace.node(quantize, "widgets.find(({ name }) => name === 'layers').value") == "t5xxl"
+    workspace.wait_text("2.54\u00a0MB → 1.90\u00a0MB")
+    workspace.screenshot(f"saved_preset_{renderer}")
+    if renderer == "vue":
+        shown = workspace.page.locator(f"[data-node-id='{quantize}']").innerText()
+        assert "t5xxl" in shown
+    workspace.run()
+    workspace.wait_text("Lowest SQNR")

@@ -7,6 +7,10 @@ import urllib.request
 
 import pytest
 import tiny_models
+from safetensors.torch import load_file
+from stochastic_fp8_pack.kernels.calibration.file import save_calibration
+from stochastic_fp8_pack.kernels.calibration.moments import Calibration
+from stochastic_fp8_pack.kernels.calibration.sensitivity import LayerEffect, RoundingErrors, Sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +127,10 @@ FILE = "diffusion_models/routes.safetensors"
         ({"file": FILE, "layers": "none"}, "layers"),
         ({"file": FILE, "matmul": "int8"}, "matmul"),
         ({"file": FILE, "requantize": "yes"}, "requantize: must be true or false"),
+        ({"file": FILE, "for_another_comfyui": 1}, "for_another_comfyui: must be true or false"),
+        ({"file": FILE, "size_limit": "12"}, "size_limit: must be a number"),
+        ({"file": FILE, "target_quality": True}, "target_quality: must be a number"),
+        ({"file": FILE, "calibration": 3}, "calibration: must be a text"),
     ],
 )
 def test_malformed_requests_are_refused(server, body, reason):
@@ -175,15 +183,72 @@ def test_a_page_behind_a_proxy(server):
 
 def test_patterns_of_many_stars(server):
     """As regular expressions, these would take hours and exceed the request's time limit."""
-    assert refusal(server, {"file": FILE, "keep": "*a" * 30_000})[0] == 422
+    assert "matches no tensor" in plan(server, keep="*a" * 30_000)["unmatched"]
     assert plan(server, keep=f"joint_blocks.0.{'*' * 60_000}.attn")["quantized"]["count"] == 9
 
 
 def test_a_plan_that_fails_gives_the_reason(server):
-    file = "diffusion_models/routes.safetensors"
     assert refusal(server, {"file": "diffusion_models/broken.safetensors"})[0] == 422
-    status, reason = refusal(server, {"file": file, "keep": "joint_block"})
-    assert (status, "did you mean joint_blocks" in reason) == (422, True)
+
+
+def test_every_pattern_without_a_match_is_named(server):
+    """Without an HTTP error, since the user may still type."""
+    answer = plan(server, keep="joint_block foo")
+    assert answer.keys() == {"unmatched"}
+    assert "did you mean joint_blocks" in answer["unmatched"]
+    assert "pattern 'foo' matches no tensor" in answer["unmatched"]
+    assert "and 2 more patterns" in plan(server, keep=" ".join(f"foo{i}" for i in range(7)))["unmatched"]
+
+
+def test_what_fails_or_harms_in_the_running_comfyui_is_a_problem(server):
+    assert plan(server)["problems"] == []
+    assert "nothing to quantize" in plan(server, part="model", keep="*")["problems"][0]
+    legacy = {"format": "float8_e5m2", "layout": "legacy"}
+    harmful, elsewhere = plan(server, **legacy), plan(server, **legacy, for_another_comfyui=True)
+    assert len(harmful["problems"]) == 1
+    assert "garbage" in " ".join(harmful["problems"] + harmful["elsewhere"])
+    assert "garbage" not in " ".join(harmful["notes"])
+    assert elsewhere["problems"] == []
+
+
+def test_summaries_of_an_unknown_prompt(server):
+    assert server.get("/stochastic_fp8/summaries?prompt=unknown") == {}
+    assert server.get("/stochastic_fp8/summaries") == {}
+
+
+@pytest.fixture(scope="module")
+def calibration_file(server):
+    """The name of a calibration with an effect per layer, and of one without; the model's layers do not matter."""
+    errors = RoundingErrors(*({"float8_e4m3fn": 0.02, "float8_e5m2": 0.04} for _ in range(2)))
+    shapes = load_file(server.models("diffusion_models") / "routes.safetensors")
+    effects = {name: LayerEffect(1e-5 * (1 + i % 5), errors) for i, name in enumerate(sorted(shapes))}
+    folder = server.models("fp8_calibrations")
+    save_calibration(Calibration({}, "", Sensitivity(effects, 1.0, 2)), folder / "effects.safetensors")
+    save_calibration(Calibration({}), folder / "nothing.safetensors")
+    return "fp8_calibrations/effects.safetensors"
+
+
+@pytest.mark.parametrize("part", ["model", "file"])
+def test_measured_layers_are_planned_with_a_listed_calibration(server, calibration_file, part):
+    choices = {"part": part, "layers": "measured", "rounding": "nearest", "calibration": calibration_file}
+    answer = plan(server, size_limit=0.003, **choices)
+    assert answer["bytes_after"] <= 2e6
+    assert any("stay as they are, chosen by measured effect per byte" in note for note in answer["notes"])
+    kept = [row["reason"]["kind"] for row in answer["kept"]]
+    assert "effect" in kept
+    assert plan(server, target_quality=100, **choices)["bytes_after"] > answer["bytes_after"]
+
+
+def test_measured_layers_that_cannot_be_planned(server, calibration_file):
+    choices = {"file": FILE, "layers": "measured", "size_limit": 0.003}
+    assert refusal(server, choices)[0] == 422
+    assert refusal(server, {**choices, "calibration": "fp8_calibrations/../effects.safetensors"})[0] == 404
+    assert refusal(server, {**choices, "calibration": "loras/effects.safetensors"})[0] == 404
+    status, reason = refusal(server, {**choices, "calibration": "fp8_calibrations/nothing.safetensors"})
+    assert (status, "measure them with FP8 Sensitivity, or press Run" in reason) == (422, True)
+    status, reason = refusal(server, {**choices, "size_limit": 0.001, "calibration": calibration_file})
+    assert (status, "is too small" in reason) == (422, True)
+    assert refusal(server, {"file": FILE, "size_limit": 3})[0] == 422
 
 
 def test_a_plan_counts_every_tensor_and_byte(server):

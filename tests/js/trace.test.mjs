@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { findFiles, isLinked, nodeByExecutionId } from "../../js/trace.js";
+import { findFiles, isLinked, locatorId, nodeByExecutionId } from "../../js/trace.js";
 
 /** A graph as in the page. nodes: id -> changes to a node without inputs. links: [id, origin node, origin slot]. */
 function graph(nodes, links = []) {
@@ -117,4 +117,10 @@ test("execution ids of nodes in subgraphs", () => {
   assert.equal(nodeByExecutionId(root, "7"), root.getNodeById(7));
   assert.equal(nodeByExecutionId(root, "5:7"), inner.getNodeById(7));
   assert.equal(nodeByExecutionId(root, "6:7"), null);
+});
+
+test("the id under which the page keeps a node's outputs", () => {
+  assert.equal(locatorId({ id: 7, graph: {} }), "7");
+  assert.equal(locatorId({ id: 7, graph: { id: "a-b", isRootGraph: true } }), "7");
+  assert.equal(locatorId({ id: 7, graph: { id: "a-b", isRootGraph: false } }), "a-b:7");
 });
