@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .choices import choose
+from .errors import ChoiceError
 from .numerics.formats import FORMATS
 from .numerics.rounding import METHODS
 from .numerics.scaling import SCALINGS
-from .selection.selection import LAYERS
+from .selection.selection import LAYERS, MEASURED
 from .state_dict.layouts import LAYOUTS
 
 MATMULS = {
@@ -39,7 +41,8 @@ CHOICES: Mapping[str, Mapping[str, object]] = {
 class Recipe:
     """Every choice that decides the bytes of the result. Stored in the file's metadata under `stochastic_fp8`.
 
-    Raises UnknownChoiceError for a choice that is not in its table.
+    Raises UnknownChoiceError for a choice that is not in its table, and ChoiceError unless `layers` is "measured" with
+    exactly one of size_limit and target_quality, or something else with neither.
     """
 
     format: str = "float8_e4m3fn"
@@ -59,6 +62,10 @@ class Recipe:
     nonfinite: str = "error"
     calibration: str = ""
     """Name of the calibration in use, if any."""
+    size_limit: float = 0.0
+    """The largest file, in GB of 10^9 bytes, for layers "measured". 0: none."""
+    target_quality: float = 0.0
+    """The smallest predicted latent dB, for layers "measured". 0: none."""
 
     def __post_init__(self) -> None:
         for name, table in CHOICES.items():
@@ -66,6 +73,22 @@ class Recipe:
         for name in ("keep", "only", "suffixes"):
             names = getattr(self, name)
             object.__setattr__(self, name, (names,) if isinstance(names, str) else tuple(names))
+        _check_limits(self.layers, self.size_limit, self.target_quality)
+
+
+def _check_limits(layers: str, size_limit: float, target_quality: float) -> None:
+    for name, limit in (("size_limit", size_limit), ("target_quality", target_quality)):
+        if not isinstance(limit, (int, float)) or not 0 <= limit < math.inf:
+            raise ChoiceError(f"{name} is {limit}; give a number from 0 (no limit) up")
+    if layers != MEASURED and (size_limit or target_quality):
+        name = "size_limit" if size_limit else "target_quality"
+        raise ChoiceError(
+            f"{name} works with layers 'measured' only, not with '{layers}': set it to 0, or choose 'measured'"
+        )
+    if layers == MEASURED and size_limit and target_quality:
+        raise ChoiceError("size_limit and target_quality exclude each other: set one of them to 0")
+    if layers == MEASURED and not size_limit and not target_quality:
+        raise ChoiceError("layers 'measured' needs to know when to stop: set size_limit or target_quality")
 
 
 def recipe_from(recipe: Recipe | None, choices: Mapping[str, Any]) -> Recipe:

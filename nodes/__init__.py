@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import routes  # noqa: F401 - registers the routes of the panels
+from .activation_probe import StochasticFP8ActivationProbe
+from .calibrate_text_encoder import StochasticFP8CalibrateTextEncoder
 from .calibration import StochasticFP8Calibrate, StochasticFP8LoadCalibration, StochasticFP8SaveCalibration
 from .compare import StochasticFP8Compare, StochasticFP8RoundingCurve
 from .demo import StochasticFP8DemoModel
@@ -14,6 +16,8 @@ from .preview import StochasticFP8ErrorHistogram, StochasticFP8LayerReport
 from .quantize_file import StochasticFP8QuantizeFile
 from .quantize_model import StochasticFP8Quantize, StochasticFP8QuantizeTextEncoder
 from .save import StochasticFP8Save
+from .sensitivity import StochasticFP8Sensitivity
+from .size_quality import StochasticFP8SizeQuality
 
 NODES = [
     StochasticFP8Quantize,
@@ -30,6 +34,10 @@ NODES = [
     StochasticFP8Calibrate,
     StochasticFP8SaveCalibration,
     StochasticFP8LoadCalibration,
+    StochasticFP8Sensitivity,
+    StochasticFP8CalibrateTextEncoder,
+    StochasticFP8SizeQuality,
+    StochasticFP8ActivationProbe,
 ]
 
 

@@ -12,14 +12,22 @@ from ..kernels import FORMATS, ROUNDINGS, SCALINGS, Recipe
 from ..kernels.engine.quantization import select
 from ..kernels.figures import check_comparison_size, comparison_figure, rounding_curve
 from ..kernels.numerics.error_statistics import evenly_spaced
-from ..kernels.selection.selection import LAYERS
+from ..kernels.selection.presets import DIFFUSION
 from ..kernels.studies.comparison import compare_roundings
 from ..kernels.studies.rounding_curve import measure_rounding
 from ..kernels.studies.table import to_markdown
 from . import models
 from .devices import compute_device, make_room
 from .networks import Network, narrow
-from .options import calibration_input, device_input, seed_input, size_inputs, with_choices
+from .options import (
+    calibration_input,
+    device_input,
+    layers_input,
+    layers_problem,
+    seed_input,
+    size_inputs,
+    with_choices,
+)
 from .pictures import draw_image
 from .progress import JobProgress
 from .schema import CATEGORY, newer
@@ -55,15 +63,10 @@ class StochasticFP8Compare(io.ComfyNode):
                         SCALINGS,
                     ),
                 ),
-                io.Combo.Input(
-                    "layers",
-                    options=list(LAYERS),
-                    default="auto",
-                    tooltip=with_choices(
-                        "The roundings are tried on the layers that Stochastic FP8 Quantize would quantize with this "
-                        "setting.",
-                        LAYERS,
-                    ),
+                layers_input(
+                    "The roundings are tried on the layers that Stochastic FP8 Quantize would quantize with this "
+                    "setting.",
+                    DIFFUSION,
                 ),
                 io.Int.Input(
                     "most_layers",
@@ -96,6 +99,10 @@ class StochasticFP8Compare(io.ComfyNode):
             ],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, layers=None):
+        return layers_problem(layers) or True
 
     @classmethod
     def execute(

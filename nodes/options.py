@@ -12,12 +12,13 @@ from comfy_api.latest import io
 from ..kernels import ROUNDINGS, Recipe
 from ..kernels.calibration.moments import Calibration
 from ..kernels.choices import choose
-from ..kernels.errors import PatternError
+from ..kernels.errors import PatternError, UnknownChoiceError
 from ..kernels.numerics.formats import FORMATS
 from ..kernels.numerics.rounding import CALIBRATED
 from ..kernels.numerics.scaling import SCALINGS
 from ..kernels.recipe import MATMULS, NONFINITE
-from ..kernels.selection.selection import LAYERS
+from ..kernels.selection.presets import PRESETS
+from ..kernels.selection.selection import MEASURED, PRESET_LAYERS
 from ..kernels.state_dict.layouts import LAYOUTS
 from .devices import devices
 from .schema import FP8Calibration, FP8Report, newer
@@ -89,26 +90,48 @@ def seed_input(tooltip: str, optional: bool = False) -> io.Int.Input:
     )
 
 
-def layer_inputs() -> list[io.Input]:
-    """layers, keep, only: which layers are quantized."""
+def layers_input(tooltip: str, kind: str | None = None, layers: Mapping[str, str] = PRESET_LAYERS) -> io.Combo.Input:
+    """layers. kind: DIFFUSION or TEXT_ENCODER for a node that quantizes only networks of that kind.
+
+    The list has the presets that fit. The node's validate_inputs must call layers_problem, because workflows that were
+    saved with the whole list have other values, too.
+    """
+    return io.Combo.Input(
+        "layers",
+        options=[name for name in layers if kind is None or name not in PRESETS or PRESETS[name].kind == kind],
+        default="auto",
+        tooltip=f"{tooltip} The names of model families are presets, for models that auto does not recognize.",
+    )
+
+
+def layers_problem(layers: Any, known: Mapping[str, str] = PRESET_LAYERS) -> str | None:
+    """What is wrong with a value of the input `layers`; None if it can be used. None as value: it is linked."""
+    try:
+        if layers is not None:
+            choose(known, layers, "layers")
+    except UnknownChoiceError as error:
+        return str(error)
+    return None
+
+
+def layer_inputs(kind: str | None = None, layers: Mapping[str, str] = PRESET_LAYERS) -> list[io.Input]:
+    """layers, keep, only: which layers are quantized. kind: as in layers_input. layers: LAYERS for a node with
+    limit_inputs."""
+    by_limit = " measured finds the best layers for a size or a quality." if MEASURED in layers else ""
     return [
-        io.Combo.Input(
-            "layers",
-            options=list(LAYERS),
-            default="auto",
-            tooltip=with_choices(
-                "Which layers become FP8. auto recognizes the model and leaves out the layers where FP8 would show in "
-                "the image. all_linear saves the most memory and costs the most quality.",
-                LAYERS,
-            ),
+        layers_input(
+            "Which layers become FP8. auto recognizes the model and leaves out the layers where FP8 would show in the "
+            f"image. all_linear saves the most memory and costs the most quality.{by_limit}",
+            kind,
+            layers,
         ),
         io.String.Input(
             "keep",
             default="",
             multiline=True,
             optional=True,
-            tooltip="Layers that are not quantized, one pattern per line, e.g. blocks.0.attn or *norm*. Keeping more "
-            "layers brings the image closer to the original and makes the model larger.",
+            tooltip="Layers that are not quantized, one pattern per line, e.g. blocks.0.attn or *modulation*. Keeping "
+            "more layers brings the image closer to the original and makes the model larger.",
         ),
         io.String.Input(
             "only",
@@ -117,6 +140,34 @@ def layer_inputs() -> list[io.Input]:
             optional=True,
             tooltip="Quantizes only these layers, one pattern per line. Leave it empty to quantize every layer that "
             "'layers' selects.",
+        ),
+    ]
+
+
+def limit_inputs() -> list[io.Input]:
+    """size_limit, target_quality: what layers measured aims at."""
+    return [
+        io.Float.Input(
+            "size_limit",
+            default=0.0,
+            min=0.0,
+            max=10000.0,
+            step=0.001,
+            round=0.001,
+            optional=True,
+            tooltip="For layers measured: the largest file in GB (of 1,000,000,000 bytes). The layers that matter most "
+            "stay in 16 bits as long as they fit. A larger file is closer to the original. 0: no limit.",
+        ),
+        io.Float.Input(
+            "target_quality",
+            default=0.0,
+            min=0.0,
+            max=200.0,
+            step=0.1,
+            round=0.1,
+            optional=True,
+            tooltip="For layers measured: the smallest predicted quality of the latent image in dB. The file is as "
+            "small as this allows. 6 dB more mean half the error. 0: no target.",
         ),
     ]
 
@@ -131,7 +182,7 @@ def matmul_input() -> io.Combo.Input:
         advanced=True,
         tooltip=with_choices(
             "How the quantized layers compute. full precision keeps the detail of the image. fp8 is faster on GPUs "
-            "that multiply FP8, with visible losses.",
+            "that multiply FP8, with visible losses, and loses what rounding calibrated gains.",
             {name: MATMULS[key] for name, key in MATMUL_NAMES.items()},
         ),
     )
@@ -165,7 +216,7 @@ def device_input() -> io.Combo.Input:
 def calibration_input(
     tooltip: str = "What FP8 Calibration recorded for this model. Rounding calibrated needs it: the error of the "
     "layers' outputs is then about a third of that of nearest. With matmul fp8 it also sets the range of each "
-    "layer's inputs, so that large ones are not cut off.",
+    "layer's inputs, so that large ones are not cut off. Layers measured needs what FP8 Sensitivity adds to it.",
 ) -> io.Input:
     return FP8Calibration.Input("calibration", optional=True, tooltip=tooltip)
 
@@ -194,10 +245,12 @@ def another_comfyui_input() -> io.Boolean.Input:
     )
 
 
-def sampler_inputs() -> list[io.Input]:
+def sampler_inputs(
+    steps: int = 20, steps_tooltip: str = "Use the number of steps you will render with."
+) -> list[io.Input]:
     """steps, cfg, sampler_name, scheduler, denoise, as in KSampler."""
     return [
-        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Use the number of steps you will render with."),
+        io.Int.Input("steps", default=steps, min=1, max=10000, tooltip=steps_tooltip),
         io.Float.Input(
             "cfg",
             default=5.0,

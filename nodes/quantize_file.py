@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from pathlib import Path
 
 import comfy.model_management
 from comfy_api.latest import io, ui
 from comfyui_version import __version__ as COMFYUI_VERSION
 
 from ..kernels.engine.file_job import quantize_file
-from ..kernels.files.reader import open_source
 from ..kernels.numerics.rounding import METHODS
+from ..kernels.selection.selection import LAYERS
 from .devices import compute_device, make_room
+from .diffusers_names import open_native
 from .files import (
     OUTPUT_FOLDERS,
+    check_detected,
     check_entries,
+    check_folder,
     find_source,
     fingerprint,
     list_sources,
@@ -25,14 +26,16 @@ from .files import (
     target_path,
     workflow_metadata,
 )
-from .live import summary_output
+from .live import files_output, summary_output
 from .options import (
     another_comfyui_input,
     calibration_input,
     device_input,
     filename_output,
     layer_inputs,
+    layers_problem,
     layout_input,
+    limit_inputs,
     matmul_input,
     nonfinite_input,
     recipe,
@@ -62,9 +65,14 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
                 "quantized. VAE and CLIP are copied unchanged."
             ),
             inputs=[
-                io.Combo.Input("file", options=list_sources(), tooltip="The 16-bit model file to quantize."),
+                io.Combo.Input(
+                    "file",
+                    options=list_sources(),
+                    tooltip="The 16-bit model to quantize. A model in several files is listed as its "
+                    ".safetensors.index.json.",
+                ),
                 *rounding_inputs(METHODS),
-                *layer_inputs()[:1],
+                *layer_inputs(layers=LAYERS)[:1],
                 io.String.Input(
                     "filename_prefix",
                     default="stochastic_fp8",
@@ -88,6 +96,7 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
                 device_input(),
                 calibration_input(),
                 another_comfyui_input(),
+                *limit_inputs(),
             ],
             outputs=[filename_output(), report_output()],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -95,8 +104,8 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix=None):
-        return prefix_problem(filename_prefix, OUTPUT_FOLDERS.values()) or True
+    def validate_inputs(cls, filename_prefix=None, layers=None):
+        return prefix_problem(filename_prefix, OUTPUT_FOLDERS.values()) or layers_problem(layers, LAYERS) or True
 
     @classmethod
     def fingerprint_inputs(cls, file, **choices):
@@ -120,28 +129,27 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
             check_entries(chosen.layout, [chosen.format])
         target = target_path(kind, filename_prefix, overwrite)
         where = compute_device(device, comfy.model_management.get_torch_device())
-        make_room(where, _tensor_sizes(source))
         progress = JobProgress()
-        report = quantize_file(
-            source,
-            target,
-            chosen,
-            calibration=calibration,
-            requantize=requantize,
-            overwrite=overwrite,
-            device=where,
-            metadata=workflow_metadata(cls.hidden),
-            for_comfyui=None if for_another_comfyui else COMFYUI_VERSION,
-            progress=progress,
-            observe=progress.layer,
-        )
+        with open_native(source) as opened:
+            if not for_another_comfyui:
+                check_folder(kind, opened)
+                check_detected(opened)
+            make_room(where, (info.nbytes for info in opened.tensors.values()))
+            report = quantize_file(
+                opened,
+                target,
+                chosen,
+                calibration=calibration,
+                requantize=requantize,
+                overwrite=overwrite,
+                device=where,
+                metadata=workflow_metadata(cls.hidden),
+                for_comfyui=None if for_another_comfyui else COMFYUI_VERSION,
+                progress=progress,
+                observe=progress.layer,
+            )
         for note in report.notes:
             log.info("%s", note)
         name = loader_name(kind, target)
-        return io.NodeOutput(name, report, ui={**ui.PreviewText(name).as_dict(), **summary_output(report)})
-
-
-def _tensor_sizes(source: Path) -> Iterator[int]:
-    """In bytes; the file is opened when the first is asked for."""
-    with open_source(source) as opened:
-        yield from (info.nbytes for info in opened.tensors.values())
+        files = files_output(OUTPUT_FOLDERS[kind], {name: target})
+        return io.NodeOutput(name, report, ui={**ui.PreviewText(name).as_dict(), **summary_output(report), **files})

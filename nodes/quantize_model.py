@@ -9,14 +9,19 @@ from comfy_api.latest import io
 from ..kernels.engine.quantization import recipe_entry
 from ..kernels.numerics.rounding import METHODS
 from ..kernels.report.report import join_reports
+from ..kernels.selection.presets import DIFFUSION, TEXT_ENCODER
+from ..kernels.selection.selection import LAYERS
 from . import models
+from .calibrate_text_encoder import check_encoders, encoder_calibration
 from .devices import compute_device
-from .in_graph import quantize_network
+from .in_graph import NetworkJob
 from .live import summary_output
 from .options import (
     calibration_input,
     device_input,
     layer_inputs,
+    layers_problem,
+    limit_inputs,
     matmul_input,
     nonfinite_input,
     recipe,
@@ -49,11 +54,12 @@ class StochasticFP8Quantize(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to quantize, in 16 bits. It is not changed."),
                 *rounding_inputs(METHODS),
-                *layer_inputs(),
+                *layer_inputs(DIFFUSION, LAYERS),
                 matmul_input(),
                 nonfinite_input(),
                 device_input(),
                 calibration_input(),
+                *limit_inputs(),
             ],
             outputs=[
                 io.Model.Output(id="MODEL", display_name="model", tooltip="The quantized model."),
@@ -62,14 +68,20 @@ class StochasticFP8Quantize(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, layers=None):
+        return layers_problem(layers, LAYERS) or True
+
+    @classmethod
     def execute(cls, model, device="auto", nonfinite="error", calibration=None, **choices):
         chosen = recipe(nonfinite=nonfinite, calibration=calibration, **choices)
         models.check_runs(chosen.format)
         network = models.diffusion_network(model)
         where = compute_device(device, network.patcher.load_device)
-        quantization, state = quantize_network(network, chosen, where, calibration)
-        quantization.check_anything_left()
-        report = quantization.report()
+        job = NetworkJob(network, chosen, where, calibration)
+        models.check_recognised(model, network)
+        state = job.run()
+        job.quantization.check_anything_left()
+        report = job.quantization.report()
         _log(report)
         quantized = models.load_quantized_model(model, state, recipe_entry(report))
         return io.NodeOutput(quantized, report, ui=summary_output(report))
@@ -93,10 +105,13 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
             ),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder to quantize, in 16 bits. It is not changed."),
-                *rounding_inputs(),
-                *layer_inputs(),
+                *rounding_inputs(METHODS),
+                *layer_inputs(TEXT_ENCODER),
                 nonfinite_input(),
                 device_input(),
+                calibration_input(
+                    "What FP8 Calibration (Text Encoder) recorded for this text encoder. Rounding calibrated needs it."
+                ),
             ],
             outputs=[
                 io.Clip.Output(id="CLIP", display_name="clip", tooltip="The quantized text encoder."),
@@ -105,21 +120,27 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, device="auto", nonfinite="error", **choices):
-        chosen = recipe(nonfinite=nonfinite, **choices)
+    def validate_inputs(cls, layers=None):
+        return layers_problem(layers) or True
+
+    @classmethod
+    def execute(cls, clip, device="auto", nonfinite="error", calibration=None, **choices):
+        chosen = recipe(nonfinite=nonfinite, calibration=calibration, **choices)
         models.check_runs(chosen.format)
-        states, reports = {}, []
-        for network in models.text_networks(clip).values():
-            where = compute_device(device, network.patcher.load_device)
-            quantization, state = quantize_network(network, chosen, where)
-            reports.append(quantization.report())
-            if state.weights:
-                states[network.prefix] = state
+        where = compute_device(device, clip.patcher.load_device)
+        jobs = [
+            NetworkJob(network, chosen, where, encoder_calibration(network, calibration))
+            for network in models.text_networks(clip).values()
+        ]
+        check_encoders(jobs, calibration)
+        states = {job.network: job.run() for job in jobs}
+        reports = [job.quantization.report() for job in jobs]
         report = join_reports(reports, type(clip.cond_stage_model).__name__.rstrip("_"))
         _log(report)
         if not report.layers:
             return io.NodeOutput(clip, report, ui=summary_output(report))
-        quantized = models.load_quantized_clip(clip, states, recipe_entry(report))
+        scaled = {network: state for network, state in states.items() if state.weights}
+        quantized = models.load_quantized_clip(clip, scaled, recipe_entry(report))
         return io.NodeOutput(quantized, report, ui=summary_output(report))
 
 

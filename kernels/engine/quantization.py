@@ -10,7 +10,6 @@ quantization.report()                      what it did
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,20 +21,21 @@ from ..calibration.moments import Calibration
 from ..errors import NonFiniteError
 from ..numerics.error_statistics import ErrorStatistics
 from ..numerics.formats import FORMATS
+from ..numerics.nonfinite import count_nonfinite
 from ..numerics.placement import Placement
 from ..numerics.quantized_tensor import QuantizedTensor
-from ..numerics.scaling import tensor_to_amax
 from ..numerics.trace import trace
-from ..progress import Meter
+from ..progress import Meter, ProgressCallback
 from ..recipe import Recipe, with_calibration
 from ..report.report import KeptTensor, LayerReport, Report
 from ..selection.presets import NEVER_QUANTIZED, TEXT_ENCODER
-from ..selection.reasons import NON_FINITE, NOT_LINEAR, Reason
-from ..selection.selection import Selection, select_layers
+from ..selection.reasons import NO_EFFECT_KNOWN, NON_FINITE, NOT_LINEAR, Reason
+from ..selection.selection import MEASURED, Selection, select_layers
 from ..state_dict.layouts import ScaledLayer
 from ..state_dict.scaled_state_dict import PendingWeight, Round, ScaledStateDict
 from ..version import VERSION
 from . import notes
+from .measured_choice import CHOSEN, MeasuredChoice
 from .quantize_weight import check_calibration, input_scale, quantize_weight
 from .weights import Read, Weights
 
@@ -61,6 +61,7 @@ def select(weights: Weights, recipe: Recipe) -> Selection:
         suffixes=recipe.suffixes,
         linear_names=weights.linear_names,
         kind=weights.kind,
+        fp8_matmul=recipe.matmul == "fp8",
     )
 
 
@@ -87,11 +88,15 @@ class Quantization:
         device: torch.device | str | None = None,
         statistics: bool = True,
         observe: LayerCallback | None = None,
+        progress: ProgressCallback | None = None,
+        reserved: int = 0,
     ):
-        """device: where to compute; None: on the CPU. statistics: gather error statistics for the report.
+        """device: where to compute; None: on the CPU. statistics: gather error statistics for the report. progress:
+        called where layers `measured` has to read the weights, as no effects were measured. reserved: bytes of what
+        else will be in the file, which a size limit counts.
 
-        Raises CalibrationError where the recipe needs a calibration and there is none; UnknownPatternError; and the
-        source's error for weights that cannot be quantized from there.
+        Raises CalibrationError where the recipe needs a calibration and there is none; UnknownPatternError; ChoiceError
+        where a size limit cannot be met; and the source's error for weights that cannot be quantized from there.
         """
         check_calibration(recipe, calibration)
         self.weights, self.calibration = weights, calibration
@@ -104,6 +109,12 @@ class Quantization:
         self._results: dict[str, LayerReport] = {}
         self._nonfinite: list[NonFiniteError] = []
         weights.check(self.quantized, recipe)
+        self.measured: MeasuredChoice | None = None
+        """What layers `measured` chose."""
+        if recipe.layers == MEASURED:
+            self.measured = MeasuredChoice(weights, self.selection, recipe, calibration, self._device, progress)
+            self._reserved = reserved
+            self._choose()
 
     @property
     def quantized(self) -> list[str]:
@@ -113,9 +124,13 @@ class Quantization:
     @property
     def formats(self) -> list[str]:
         """The FP8 formats of the result: that of the recipe, and those of scaled layers that are kept."""
+        return sorted({self.recipe.format, *self.kept_formats})
+
+    @property
+    def kept_formats(self) -> set[str]:
+        """The FP8 formats of scaled layers that are kept."""
         quantized = set(self.quantized)
-        kept = {weight.layer.format for name, weight in self._scaled.items() if name not in quantized}
-        return sorted({self.recipe.format, *kept})
+        return {weight.layer.format for name, weight in self._scaled.items() if name not in quantized}
 
     @property
     def source_bytes(self) -> int:
@@ -129,7 +144,7 @@ class Quantization:
 
     def check_anything_left(self) -> None:
         """Raises the source's error where no weight is left to quantize, with the reasons."""
-        if not self.quantized:
+        if not self.quantized and not self.measured:  # whose limit can be above the size in 16 bits
             reasons = dict.fromkeys(reason.text for reason in self._kept.values() if reason.kind != NOT_LINEAR)
             text = "; ".join(reasons) or "there is no Linear layer that FP8 can hold"
             raise self.weights.error(f"has nothing to quantize: {text}")
@@ -144,9 +159,11 @@ class Quantization:
             for name, read in zip(names, reads, strict=True):
                 meter.start(self.selection.tensor_key(name), self.weights.tensors[name].nbytes)
                 x, _ = read()
-                if not math.isfinite(tensor_to_amax(x)):
-                    values = x.float()
-                    self._keep(name, int(values.isnan().sum()), int(values.isinf().sum()))
+                nan, inf = count_nonfinite(x)
+                if nan or inf:
+                    self._keep(name, nan, inf)
+        if self.measured:
+            self._choose()
 
     def state_dict(self) -> ScaledStateDict:
         """The scaled state dict, whose quantized weights are pending."""
@@ -181,7 +198,8 @@ class Quantization:
         return [name for name in self._scaled if name in self._kept and name not in patched]
 
     def _pending_weight(self, name: str) -> PendingWeight:
-        """Text encoders multiply in full precision anyway, and ComfyUI 0.3.75 cannot load a T5 that asks for it."""
+        """Text encoders do not ask for full precision, which ComfyUI chooses for most of them: 0.3.75 cannot load a T5
+        that asks for it."""
         component = self.selection.components.of(name)
         assert component, f"{name} was selected, so it belongs to a network"
         full_precision = self.recipe.matmul == "full" and component.preset.kind != TEXT_ENCODER
@@ -232,6 +250,13 @@ class Quantization:
             self._observe(len(self._results), left, q.error)
         return q
 
+    def _choose(self) -> None:
+        """Keep what layers `measured` keeps; again when it turns out that other layers are kept as well."""
+        assert self.measured, "the recipe does not ask for a choice"
+        self._kept = {name: reason for name, reason in self._kept.items() if reason.kind not in CHOSEN}
+        self._kept |= {name: Reason(NO_EFFECT_KNOWN) for name in self.measured.unknown if name not in self._kept}
+        self._kept |= self.measured.reasons(self.state_dict(), self._reserved)
+
     def _keep(self, name: str, nan: int, inf: int) -> None:
         self._kept[name] = Reason(NON_FINITE, detail=f"{nan} NaN and {inf} infinite values")
 
@@ -252,6 +277,8 @@ class Quantization:
         preset = self.selection.components.main.preset
         if preset.kind == NEVER_QUANTIZED:
             yield f"{self.weights.name} stays unchanged: {preset.reason}"
+        if self.selection.components.renamed:
+            yield notes.renamed_note(self.selection.components.renamed)
         infos, scaled, patched = self.weights.tensors, self._scaled, self.weights.patched
         quantized, staying = self.quantized, self._staying
         yield from notes.source_notes(
@@ -261,7 +288,16 @@ class Quantization:
             unscaled=sum(infos[name].dtype in FORMATS and name not in scaled for name in quantized),
             patched=len(patched),
         )
+        if self.measured:
+            yield from self.measured.notes()
         yield from notes.nonfinite_notes(self._kept_tensor(name, reason) for name, reason in self._kept.items())
+        yield from notes.copied_nonfinite_notes(
+            {
+                self.selection.tensor_key(name): counts
+                for name, counts in self.weights.nonfinite.items()
+                if self._kept[name].kind != NON_FINITE
+            }
+        )
         weights = [self._scaled[name] for name in staying] + [self._pending_weight(name) for name in quantized]
         yield from notes.matmul_notes(self.recipe, weights)
         if self._results:

@@ -21,7 +21,8 @@ MACHINE_DEPENDENT = {"calibration_name", "device", "file", "sampler_name", "sche
 RULES = f"""
 The nodes differ from {SNAPSHOT.name}. Saved workflows store widget values by position and links by slot, so only
 appending is allowed: new inputs and outputs come last, with a default that keeps the old behaviour. Never rename,
-remove, reorder or narrow. If you only appended, regenerate the file with
+remove or reorder. A list of options may lose some only if the node's validate_inputs still accepts them. If you only
+appended, regenerate the file with
 UPDATE_SCHEMAS=1 make test PYTEST_ARGS="tests/comfyui/test_schemas.py" and commit it.
 """
 

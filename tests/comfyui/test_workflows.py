@@ -20,6 +20,7 @@ NAMES = [
     "Text encoder",
     "Inspect and repair",
     "Calibrate, quantize, compare",
+    "Fit my memory",
 ]
 
 
@@ -157,6 +158,26 @@ def test_calibrate_quantize_compare(bench):
     errors = [np.square(original - image).mean() for original, image in (nearest, calibrated)]
     assert errors[1] < 0.5 * errors[0], errors
     assert (bench.server.output / "fp8_calibrations" / "tiny_landscapes_00001_.safetensors").exists()
+
+
+def test_fit_my_memory(bench):
+    """The measured file is smaller than that of the preset, and its image is closer to the original."""
+    workflow = read_workflow("Fit my memory")
+    prompt = to_prompt(workflow, bench.server.object_info())
+    outputs = bench.server.queue(prompt, timeout=600, workflow=workflow)["outputs"]
+    sheets = sorted((node for node in prompt if prompt[node]["class_type"] == "StochasticFP8ImageCompare"), key=int)
+    errors = []
+    for sheet, label in zip(sheets, ("preset", "measured"), strict=True):
+        assert outputs[sheet]["names"] == ["original", label]
+        one, other = (np.asarray(bench.server.view(outputs[sheet][f"{side}_images"][0]), dtype=float) for side in "ab")
+        errors.append(np.square(one - other).mean())
+    assert errors[1] < 0.8 * errors[0], errors
+    by_type = {prompt[node]["class_type"]: output for node, output in outputs.items()}
+    (name,) = by_type["StochasticFP8Save"]["text"]
+    assert is_numbered([name], "tiny_landscapes_6MB")
+    assert 4.8e6 < bench.saved(name).stat().st_size <= 6e6
+    assert bench.server.view(by_type["StochasticFP8SizeQuality"]["images"][0]).size == (1024, 832)
+    assert bench.server.view(by_type["StochasticFP8ActivationProbe"]["images"][0]).size == (1024, 768)
 
 
 def test_the_demo(bench):

@@ -15,7 +15,7 @@ from comfyui.server import PACK_ROOT, ComfyUIServer
 from PIL import Image
 from safetensors.torch import load_file
 from tools.emblem import draw_banner, draw_icon
-from tools.thumbnails import calibrate, demo_landscape, make_thumbnails, sheets_of_two_roundings
+from tools.thumbnails import calibrate, demo_landscape, make_thumbnails, measure, sheets_of_two_roundings
 
 HELP = PACK_ROOT / "js" / "docs" / "pictures"
 GITHUB = PACK_ROOT / ".github"
@@ -91,6 +91,15 @@ def calibration_pages():
     pictures.want(HELP / "layer_report_calibrated.png", graph.add("StochasticFP8LayerReport", report=report))
     compared = graph.add("StochasticFP8Compare", model=model, calibration=calibration, height=1024, **COMPARED)
     pictures.want(HELP / "compare_calibrated.png", compared)
+    measured = measure(graph, model, calibration)
+    study = graph.add("StochasticFP8SizeQuality", model=model, calibration=measured)
+    pictures.want(HELP / "size_and_quality.png", study)
+    quantized = graph.add("StochasticFP8Quantize", model=model, **{**RECIPE, "rounding": "nearest"})
+    latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=1)
+    probe = {"positive": model[1], "negative": model[2], "latent_image": latent, "seed": 42, "steps": 20, "cfg": 2.5}
+    probe |= {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    probed = graph.add("StochasticFP8ActivationProbe", model_a=model, model_b=quantized, **probe)
+    pictures.want(HELP / "activation_probe.png", probed)
     return pictures
 
 

@@ -34,6 +34,8 @@ def make_thumbnails(server):
     save(fit(findings, SIZE), "Inspect and repair")
     nearest, calibrated = render(server, *_sheets())
     save(below(fit(nearest, (SIZE[0], 216)), fit(calibrated, (SIZE[0], 216))), "Calibrate, quantize, compare")
+    (curve,) = render(server, *_size_and_quality())
+    save(fit(curve, SIZE), "Fit my memory")
 
 
 def render(server, graph, *images):
@@ -104,6 +106,21 @@ def _sheets():
     demo = graph.add("StochasticFP8DemoModel", scene="dusk")
     nearest, calibrated, _ = sheets_of_two_roundings(graph, demo, calibrate(graph, demo))
     return graph, nearest, calibrated
+
+
+def measure(graph, demo, calibration):
+    """Add a measurement of the demo model's layers."""
+    latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=1)
+    inputs = {"model": demo, "positive": demo[1], "negative": demo[2], "latent_image": latent}
+    sampler = {"steps": 4, "cfg": 2.5, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    return graph.add("StochasticFP8Sensitivity", **inputs, **sampler, seed=2000, seeds=2, calibration=calibration)
+
+
+def _size_and_quality():
+    graph = Graph()
+    demo = graph.add("StochasticFP8DemoModel", scene="dusk")
+    measured = measure(graph, demo, calibrate(graph, demo))
+    return graph, graph.add("StochasticFP8SizeQuality", model=demo, calibration=measured, width=1536, height=1000)
 
 
 def _layer_report(rounding):
