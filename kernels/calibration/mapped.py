@@ -29,14 +29,14 @@ def mapped_memory(folder: Path, count: int) -> torch.Tensor:
         handle, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
         try:
             _reserve(handle, size, folder)
-            numbers = torch.from_file(name, shared=True, size=count, dtype=torch.float32)
+            numbers = torch.from_file(name, shared=True, size=count, dtype=torch.float32, device="cpu")
         finally:
             os.close(handle)
             if not _removed(name):
                 weakref.finalize(numbers.untyped_storage(), partial(_removed, name))
     except (OSError, RuntimeError, ValueError) as error:
         log.warning("a calibration of %d MB stays in main memory, because %s: %s", size >> 20, folder, error)
-        return torch.empty(count, dtype=torch.float32)
+        return torch.empty(count, dtype=torch.float32, device="cpu")
     return numbers
 
 

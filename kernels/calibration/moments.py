@@ -153,7 +153,7 @@ def few_rows(rows: torch.Tensor, amax: float) -> LayerCalibration:
     width = rows.shape[1]
 
     def packed() -> torch.Tensor:
-        moment = torch.zeros(moment_size(width), dtype=torch.float32)
+        moment = torch.zeros(moment_size(width), dtype=torch.float32, device="cpu")
         add_products(moment, width, rows)
         return moment
 

@@ -46,7 +46,7 @@ class Sums:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._packed = torch.empty(0)
+        self._packed = torch.empty(0, device="cpu")
 
 
 class FerriedSums:
@@ -73,7 +73,7 @@ class FerriedSums:
         """Unpin the memory, once the ferry has finished: memory that is freed while pinned breaks later transfers."""
         if self._unpin:
             self._unpin()
-        self._unpin, self.packed = None, torch.empty(0)
+        self._unpin, self.packed = None, torch.empty(0, device="cpu")
 
 
 class Ferry:

@@ -223,8 +223,8 @@ def calibration_file(server):
     shapes = load_file(server.models("diffusion_models") / "routes.safetensors")
     effects = {name: LayerEffect(1e-5 * (1 + i % 5), errors) for i, name in enumerate(sorted(shapes))}
     folder = server.models("fp8_calibrations")
-    save_calibration(Calibration({}, "", Sensitivity(effects, 1.0, 2)), folder / "effects.safetensors")
-    save_calibration(Calibration({}), folder / "nothing.safetensors")
+    save_calibration(Calibration({}, "", Sensitivity(effects, 1.0, 2)), folder / "effects.safetensors", overwrite=True)
+    save_calibration(Calibration({}), folder / "nothing.safetensors", overwrite=True)
     return "fp8_calibrations/effects.safetensors"
 
 
