@@ -15,7 +15,7 @@ from ..kernels.figures import activation_probe_figure
 from ..kernels.studies.activation_probe import INPUT, OUTPUT, Probe, list_layers, to_markdown
 from .models import diffusion_network
 from .networks import ModelError, Network
-from .options import sampler_inputs, seed_input, size_inputs
+from .options import sampler_inputs, scene_inputs, seed_input, size_inputs
 from .pictures import draw_image
 from .sampling import RenderProgress, Sampler
 from .schema import CATEGORY, newer
@@ -46,9 +46,7 @@ class StochasticFP8ActivationProbe(io.ComfyNode):
             inputs=[
                 io.Model.Input("model_a", tooltip="The model to compare with, such as the one in 16 bits."),
                 io.Model.Input("model_b", tooltip="The other version of it, such as the quantized one."),
-                io.Conditioning.Input("positive", tooltip="What to render, as in KSampler."),
-                io.Conditioning.Input("negative", tooltip="What to leave out, as in KSampler."),
-                io.Latent.Input("latent_image", tooltip="The size and number of the images, as in KSampler."),
+                *scene_inputs(),
                 seed_input("The noise that both models start from."),
                 *sampler_inputs(),
                 *size_inputs(1024, 768),

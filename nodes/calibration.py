@@ -25,7 +25,7 @@ from .files import new_path, output_folder, path_fingerprint, prefix_problem
 from .live import files_output
 from .models import diffusion_network
 from .networks import Network
-from .options import LARGEST_SEED, calibration_input, sampler_inputs, seed_input
+from .options import LARGEST_SEED, calibration_input, sampler_inputs, scene_inputs, seed_input
 from .progress import JobProgress, one_bar
 from .schema import CATEGORY, FP8Calibration, newer
 
@@ -103,12 +103,7 @@ class StochasticFP8Calibrate(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be quantized, in 16 bits, with its LoRAs."),
-                io.Conditioning.Input("positive", tooltip="What to render: a prompt like those you will use later."),
-                io.Conditioning.Input("negative", tooltip="What to leave out, as in KSampler."),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="The size and number of the images, as in KSampler. Use the size you will render at.",
-                ),
+                *scene_inputs(" Use the size you will render at."),
                 seed_input("The noise of the first run. Each further run uses the next seed."),
                 *sampler_inputs(),
                 io.Int.Input(

@@ -50,6 +50,7 @@ class Network:
     """One network of a patcher: the module under `prefix`, such as `diffusion_model.`."""
 
     nonfinite: Mapping[str, tuple[int, int]] = {}
+    """Not counted here: the loader reads the kept tensors after the report is made."""
 
     def __init__(self, patcher, prefix: str, name: str):
         """name: what reports and errors call it."""

@@ -245,6 +245,15 @@ def another_comfyui_input() -> io.Boolean.Input:
     )
 
 
+def scene_inputs(which_size: str = "") -> list[io.Input]:
+    """positive, negative, latent_image, as in KSampler. which_size: the end of the last tooltip."""
+    return [
+        io.Conditioning.Input("positive", tooltip="What to render: a prompt like those you will use later."),
+        io.Conditioning.Input("negative", tooltip="What to leave out, as in KSampler."),
+        io.Latent.Input("latent_image", tooltip=f"The size and number of the images, as in KSampler.{which_size}"),
+    ]
+
+
 def sampler_inputs(
     steps: int = 20, steps_tooltip: str = "Use the number of steps you will render with."
 ) -> list[io.Input]:

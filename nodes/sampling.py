@@ -115,7 +115,7 @@ class RenderProgress:
             _show_text(f"{self.text}\n{display.seconds(self._seconds_left(now))} left")
 
     def skip(self, steps: int) -> None:
-        """So many steps are not needed after all."""
+        """Take `steps` off the total: they are not needed."""
         self.total -= steps
 
     def finish(self, text: str) -> None:

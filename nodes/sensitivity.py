@@ -20,7 +20,7 @@ from ..kernels.errors import CalibrationError
 from .devices import compute_device, make_room
 from .models import diffusion_network
 from .networks import ModelError, Network
-from .options import calibration_input, sampler_inputs, seed_input
+from .options import calibration_input, sampler_inputs, scene_inputs, seed_input
 from .sampling import RenderProgress, Sampler, forward_hooks
 from .schema import CATEGORY, FP8Calibration, newer
 
@@ -54,13 +54,7 @@ class StochasticFP8Sensitivity(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be quantized, in 16 bits, with its LoRAs."),
-                io.Conditioning.Input("positive", tooltip="What to render: a prompt like those you will use later."),
-                io.Conditioning.Input("negative", tooltip="What to leave out, as in KSampler."),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="The size and number of the images, as in KSampler. A smaller size than you render at is "
-                    "faster and still finds nearly the same layers.",
-                ),
+                *scene_inputs(" A smaller size than you render at is faster and still finds nearly the same layers."),
                 seed_input("The noise of the first render of each layer. Each further one uses the next seed."),
                 io.Int.Input(
                     "seeds",

@@ -35,7 +35,7 @@ MOMENT_TOLERANCE = 0.01
 """Relative rounding error that a recorded moment may have: fp32 sums over many calls, on some GPUs of TF32 products."""
 
 Store = Callable[[int], torch.Tensor]
-"""Gives fp32 memory for so many numbers, contiguous, in main memory."""
+"""Number of elements -> an fp32 tensor of that many, contiguous, in main memory; its values do not matter."""
 
 SMALLEST_PRODUCT = 2.0**-126
 """The smallest normal fp32 number. Smaller products of two inputs may be recorded as 0."""

@@ -422,7 +422,7 @@ class _Inspector:
                 what = f"is a scale, but the layer's weight is {weight.dtype}"
                 yield Finding(WARNING, "orphan_scale", name, what, _REPAIR, True)
             else:
-                what = "is named like a scale, but there is no weight beside it"
+                what = "looks like a scale, but no weight has its name"
                 yield Finding(NOTE, "orphan_scale", name, what, _STAYS)
         bare = {layer.name.removeprefix(layer.prefix) for layer in self.layers.values()}
         for place, entries, known in (

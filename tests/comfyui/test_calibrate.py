@@ -304,7 +304,7 @@ def test_an_error_leaves_no_hook(bench):
     scene, latent = landscape(graph, "dawn")
     positive = graph.add("TestFileConditioning", file="broken.safetensors", word="nan")
     bench.keep(graph, calibrate(graph, (scene[0], positive[0], scene[2]), latent)[1])
-    with pytest.raises(ExecutionError, match="the inputs of layer 'context_embedder' hold .*NaN"):
+    with pytest.raises(ExecutionError, match="the inputs of layer 'context_embedder' hold (512 )?NaN"):
         bench.server.queue(graph.prompt)
     assert hooks_on(bench, "dawn") == 0
 

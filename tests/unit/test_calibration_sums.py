@@ -175,7 +175,7 @@ def test_pinned_memory_has_pages_of_its_own(ferry):
 
 
 def test_the_gpu_keeps_as_many_sums_as_it_has_room_for():
-    """On a device of another type than "cuda" there is no room to ask for."""
+    """ComfyUI is asked for room on CUDA devices only."""
     seen = ActivationRecorder(room=lambda device: 2 * 4 * moment_size(64) + 100)
     gpu = torch.device("cuda:0")
     size = 4 * moment_size(64)

@@ -692,7 +692,7 @@ def outcomes(checkpoint):
 
 
 def test_a_scale_for_each_row(native, legacy):
-    """Loaded in both versions on a CPU: exact, but for layout legacy in 0.3.75, which expects a 0-dim parameter."""
+    """Loaded in both versions on a CPU: exact, except layout legacy in 0.3.75, which expects a 0-dim parameter."""
     native.tensors[f"{QKV}.weight_scale"] = torch.ones(32, 1)
     assert native.codes() == {"scale_rows": "warning"}
     assert outcomes(native) == ["exact", "exact"]

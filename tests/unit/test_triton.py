@@ -171,7 +171,7 @@ def test_divisions_are_correctly_rounded():
 
 
 def panel_inputs(blocks, rows, outputs, seed=0):
-    """The arguments of round_panel but for the codes and the format: the second half of twice as many inputs."""
+    """The arguments of round_panel except the codes and the format: the second half of twice as many inputs."""
     generator = torch.Generator().manual_seed(seed)
     scaled, errors = (torch.randn(blocks, 2 * rows, outputs, generator=generator) * size for size in (60, 0.1))
     scaled[0, rows:, :3] = torch.tensor([0.0, 1e-4, 2000.0])[:outputs]  # zeros, underflow, saturation
