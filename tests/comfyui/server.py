@@ -236,8 +236,10 @@ class ComfyUIServer:
         self.post("/interrupt", {})
 
     def free(self):
-        """Make ComfyUI forget loaded models and cached results before the next prompt."""
+        """Make ComfyUI forget loaded models and cached results. It does so after a prompt at the latest: one is run."""
         self.post("/free", {"unload_models": True, "free_memory": True})
+        image = {"class_type": "EmptyImage", "inputs": {"width": 1, "height": 1, "batch_size": 1, "color": 0}}
+        self.queue({"1": image, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})
 
     def view(self, image):
         """The picture that an entry of ``outputs[node]["images"]`` names, as a PIL image."""

@@ -261,11 +261,13 @@ def test_the_plan_knows_the_format_of_layers_that_stay(bench):
 def test_quantizing_twice_is_refused_unless_asked(bench):
     name = f"diffusion_models/{quantize_and_save(bench, 'sd3', 'twice').name}"
     graph = Graph()
-    quantize_file(graph, name, "again")
+    quantize_file(graph, name, "second_time")
     with pytest.raises(ExecutionError, match="ask to requantize"):
         bench.server.queue(graph.prompt)
     graph = Graph()
-    assert bench.texts(graph, quantize_file(graph, name, "again", requantize=True)) == ["again_00001_.safetensors"]
+    assert bench.texts(graph, quantize_file(graph, name, "second_time", requantize=True)) == [
+        "second_time_00001_.safetensors"
+    ]
 
 
 def test_an_all_in_one_checkpoint(bench):
