@@ -2,23 +2,25 @@
 
 import { element, indexForKey, uniqueId } from "./dom.js";
 import { formatShare, withMinus } from "./numbers.js";
+import { t } from "./words.js";
 
 /** Bins of the report that share one bar. */
-const BINS_PER_BAR = 3;
+const BINS_PER_BAR = 4;
 
 /**
  * The errors of a report, in steps of the local FP8 grid.
- * @param {{low: number, high: number, counts: number[]}} steps counts in bins of equal width from low to high
+ * @param {{low: number, high: number, counts: number[]}} steps the middle count is of errors of 0; the others are in
+ *   bins of equal width from low to 0 and from 0 to high
  * @returns {HTMLElement}
  */
 export function histogram({ low, high, counts }) {
-  const bins = mergeBins(counts, low, high, BINS_PER_BAR);
+  const bins = barsOf(counts, low, high);
   const total = counts.reduce((sum, n) => sum + n, 0) || 1;
   const largest = Math.max(...bins.map((bin) => bin.count), 1);
   const caption = element("div", {
     id: uniqueId("sfp8-bins"),
     class: "muted",
-    textContent: "Error in steps of the FP8 grid",
+    textContent: t("resultSteps"),
   });
   const readout = element("span", { textContent: "0" });
   const last = bins.length - 1;
@@ -27,6 +29,8 @@ export function histogram({ low, high, counts }) {
     bar.style.setProperty("--height", `${(100 * bin.count) / largest}%`);
     return bar;
   });
+  bars[Math.floor(bins.length / 2)].classList.add("zero");
+  for (const end of [bars[0], bars[last]]) end.classList.add("beyond");
   const chart = element("div", {
     class: "bars",
     role: "slider",
@@ -58,11 +62,27 @@ export function histogram({ low, high, counts }) {
   const axis = element(
     "div",
     { class: "axis" },
-    element("span", { textContent: formatEdge(low) }),
+    element("span", { textContent: `< ${formatEdge(bins[0].high)}` }),
     readout,
-    element("span", { textContent: formatEdge(high) }),
+    element("span", { textContent: `> ${formatEdge(bins[last].low)}` }),
   );
   return element("div", {}, caption, chart, axis);
+}
+
+/**
+ * The bars of a histogram: neighbouring bins together, and the bin of 0 by itself.
+ * @param {number[]} counts see histogram
+ * @param {number} low
+ * @param {number} high
+ * @returns {{low: number, high: number, count: number}[]}
+ */
+export function barsOf(counts, low, high) {
+  const middle = (counts.length - 1) / 2;
+  return [
+    ...mergeBins(counts.slice(0, middle), low, 0, BINS_PER_BAR),
+    { low: 0, high: 0, count: counts[middle] },
+    ...mergeBins(counts.slice(middle + 1), 0, high, BINS_PER_BAR),
+  ];
 }
 
 /**
@@ -85,7 +105,7 @@ export function mergeBins(counts, low, high, size) {
 }
 
 /**
- * A bin and its share: "0.05 to 0.15: 8.21 %". The first and the last also hold everything beyond the axis.
+ * A bin and its share: "0.13 to 0.25: 8.21 %". The first and the last also hold everything beyond the axis.
  * @param {{low: number, high: number, count: number}} bin
  * @param {number} total
  * @param {{isFirst?: boolean, isLast?: boolean}} place
@@ -93,9 +113,10 @@ export function mergeBins(counts, low, high, size) {
  */
 export function describeBin({ low, high, count }, total, { isFirst, isLast } = {}) {
   const share = formatShare(count / total);
-  if (isFirst) return `below ${formatEdge(high)}: ${share}`;
-  if (isLast) return `above ${formatEdge(low)}: ${share}`;
-  return `${formatEdge(low)} to ${formatEdge(high)}: ${share}`;
+  if (low === high) return t("resultStepsZero", { share });
+  if (isFirst) return t("resultStepsBelow", { edge: formatEdge(high), share });
+  if (isLast) return t("resultStepsAbove", { edge: formatEdge(low), share });
+  return t("resultStepsBetween", { low: formatEdge(low), high: formatEdge(high), share });
 }
 
 function formatEdge(value) {

@@ -1,4 +1,4 @@
-"""FP8 Error Histogram: the quantization errors of a model or of single layers, beside theory."""
+"""Error Histogram: the quantization errors of a model or of single layers, beside theory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .. import display
 from ..numerics.error_statistics import (
     RELATIVE_OCTAVES,
     STEP_BIN_WIDTH,
+    STEP_BINS,
     ErrorStatistics,
     evenly_spaced,
     merge,
@@ -24,10 +25,9 @@ from ..recipe import Recipe
 from ..report.report import LayerReport, Report, with_statistics
 from .style import (
     BLUE,
-    DARK_BLUE,
-    FAINT,
+    FAINT_BLUE,
     INK,
-    LIGHT_BLUE,
+    STRONG_BLUE,
     VERMILION,
     add_panels,
     grid_area,
@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 
 SCATTER_POINTS = 6000
 DENSITY_BINS = 48
-THEORY_PEAK = 100 * 2 * STEP_BIN_WIDTH
-"""Percent of the values per bin at the peak of the theory, which is the same for nearest and stochastic rounding."""
+BINS_PER_BAR = 2
+"""Bins of `step_histogram` in a bar. 16-bit sources lie on a grid of about 1/16 FP8 step, a comb in thinner bars."""
+THEORY_PEAK = 100 * BINS_PER_BAR * STEP_BIN_WIDTH
+"""Percent of the values per bar at the peak of the theory, which is the same for nearest and stochastic rounding."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -74,24 +76,25 @@ def error_histogram(
 
 
 def draw_steps(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
-    """Share of values per bin of the error in FP8 steps, and the distribution in theory."""
-    shares, edges = _pair_bins(_shares(error.step_histogram, error.count), np.array(step_bin_edges()))
+    """Share of values per bin of the error in FP8 steps, a line for errors of 0, and the distribution in theory."""
+    at_0, shares, edges = _bars(_shares(error.step_histogram, error.count))
     axes.stairs(shares, edges, fill=True, color=BLUE, alpha=0.75)
     for outermost in (0, len(shares) - 1):
         axes.stairs(shares[outermost : outermost + 1], edges[outermost : outermost + 2], fill=True, color=VERMILION)
     if recipe.rounding in ROUNDINGS:
         axes.plot(*_theory(recipe), color=INK, linewidth=1.2)
         write_inside(axes, "line: theory", 0.03, 0.96, ha="left", color=INK)
+    if at_0 > THEORY_PEAK / 100:
+        axes.vlines(0, 0, at_0, color=STRONG_BLUE, linewidth=2)
+        write_inside(axes, f"at 0: {display.share(at_0 / 100)}", 0.96, 0.96, ha="right", color=STRONG_BLUE)
     top = _room_for_all_but_spikes(shares)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, top), xticks=(-1, -0.5, 0, 0.5, 1))
     axes.set(xlabel="error (steps of the FP8 grid)", ylabel="values per bin (%)")
     axes.set_title("Error in FP8 steps")
-    if shares[len(shares) // 2] > top:
-        label = f"{display.share(shares[len(shares) // 2] / 100)} near 0"
-        axes.annotate(label, (0, top), (0.09, 0.885 * top), color=FAINT, size=8.5, va="center")
     beyond = (shares[0] + shares[-1]) / 100
     if beyond:
-        write_inside(axes, f"outside the\naxis: {display.share(beyond)}", 0.98, 0.62, ha="right", color=VERMILION)
+        label = f"beyond ±{edges[-2]:.2f}:\n{display.share(beyond)}"
+        write_inside(axes, label, 0.96, 0.62, ha="right", color=VERMILION)
 
 
 def draw_relative(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
@@ -127,7 +130,7 @@ def draw_scatter(axes: Axes, errors: Sequence[ErrorStatistics], recipe: Recipe) 
     largest = float(np.abs(pairs).max()) or 1.0
     axes.plot((-largest, largest), (-largest, largest), color=INK, linewidth=0.9, zorder=1)
     density, pairs = _with_density(pairs, largest)
-    colours = LinearSegmentedColormap.from_list("density", (LIGHT_BLUE, DARK_BLUE))
+    colours = LinearSegmentedColormap.from_list("density", (FAINT_BLUE, STRONG_BLUE))
     level = np.log(density)
     area = min(max(4000 / len(pairs), 7), 30)
     x, y = pairs.T
@@ -195,16 +198,11 @@ def _shares(counts: Sequence[int], total: int) -> np.ndarray:
     return 100 * np.array(counts, dtype=np.float64) / (total or 1)
 
 
-def _pair_bins(shares: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bins of twice the width, the middle one centred on 0. Each takes half of the fine bins on its edges.
-
-    16-bit sources lie on a grid of about 1/16 FP8 step, which would show as a comb in the fine bins.
-    """
-    halves = shares[1::2] / 2
-    paired = shares[::2].copy()
-    paired[1:] += halves
-    paired[:-1] += halves
-    return paired, np.concatenate((edges[:1], (edges[1:-2:2] + edges[2:-1:2]) / 2, edges[-1:]))
+def _bars(shares: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """The share at 0, the shares in bars of BINS_PER_BAR other bins, and the edges of the bars."""
+    middle = STEP_BINS // 2
+    bars = np.delete(shares, middle).reshape(-1, BINS_PER_BAR).sum(1)
+    return shares[middle], bars, np.unique(step_bin_edges())[::BINS_PER_BAR]
 
 
 def _theory(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -221,10 +219,8 @@ def _largest_relative_error(recipe: Recipe) -> float:
 
 
 def _room_for_all_but_spikes(shares: np.ndarray) -> float:
-    """Top of the axis. Spikes of exact values and of saturated values may exceed it; they are labelled."""
-    middle = len(shares) // 2
-    others = np.delete(shares, (0, middle, len(shares) - 1))
-    return 1.3 * max(THEORY_PEAK, others.max())
+    """Top of the axis. The line at 0 and the outermost bars may exceed it; they are labelled."""
+    return 1.3 * max(THEORY_PEAK, shares[1:-1].max())
 
 
 def _label_octaves(axes: Axes) -> None:

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from .formats import Float8Format
-from .rounding import FRACTION_BITS, ONE
+from .rounding import FP32_BIAS, FP32_MANTISSA, FRACTION_BITS, ONE
 
-STEP_BINS = 81
+STEP_SIDE = 40
+STEP_BINS = 2 * STEP_SIDE + 1
 STEP_BIN_BITS = 11
 STEP_BIN_WIDTH = 2**STEP_BIN_BITS / ONE
-"""`step_histogram` counts errors in steps of the local FP8 grid. Bins are 1/32 step wide; the middle one is centred on
-0. Errors beyond +-1.27 steps (saturated values) are counted in the outermost bins."""
+"""`step_histogram` counts errors in steps of the local FP8 grid. The middle bin counts errors of 0. On each side of it
+are STEP_SIDE bins of 1/32 step, so that +-1/2 and +-1 are edges. An error on an edge is counted in the bin nearer to 0:
+bins above 0 are k/32 < error <= (k + 1)/32, and those below 0 mirror them. The outermost bins also count all errors
+beyond +-1.25 steps (saturated values, calibrated rounding). Errors are multiples of 2^-16 step, as positions are."""
 
 RELATIVE_BINS = 64
 RELATIVE_OCTAVES = 32
@@ -87,6 +90,21 @@ class ErrorStatistics:
             return math.inf
         return 10 * math.log10(self.sum_squared / self.sum_squared_error) if self.sum_squared else -math.inf
 
+    @property
+    def nearest_gain(self) -> float | None:
+        """By how many dB rounding to nearest would raise `sqnr`, for a rounding to one of the two neighbours.
+
+        Estimated from step_histogram: the other neighbour of a value with an error of e steps is 1 - e steps away.
+        Steps of all sizes count alike. None without errors, and with saturated values, whose errors stay.
+        """
+        edges = step_bin_edges()
+        errors = [abs(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        chosen, nearest = (
+            sum(count * error**2 for count, error in zip(self.step_histogram, distances, strict=True))
+            for distances in (errors, [min(error, abs(1 - error)) for error in errors])
+        )
+        return 10 * math.log10(chosen / nearest) if chosen and nearest and not self.saturated else None
+
 
 def merge(parts: Iterable[ErrorStatistics]) -> ErrorStatistics:
     """The statistics of all parts together; `samples` are thinned evenly to SAMPLES."""
@@ -102,8 +120,12 @@ def merge(parts: Iterable[ErrorStatistics]) -> ErrorStatistics:
 
 
 def step_bin_edges() -> list[float]:
-    """The STEP_BINS + 1 bin edges of `step_histogram`, in steps of the local FP8 grid."""
-    return [(i - STEP_BINS / 2) * STEP_BIN_WIDTH for i in range(STEP_BINS + 1)]
+    """The STEP_BINS + 1 bin edges of `step_histogram`, in steps of the local FP8 grid.
+
+    0 appears twice: both edges of the middle bin are 0.
+    """
+    above = [i * STEP_BIN_WIDTH for i in range(STEP_SIDE + 1)]
+    return [-edge for edge in reversed(above)] + above
 
 
 def relative_bin_edges() -> list[float]:
@@ -120,7 +142,7 @@ class Scratch:
     """Buffers for `measure`, reused for every chunk. New memory would take several times as long as the arithmetic."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        self.integers = torch.empty((2, size), dtype=torch.int32, device=device)
+        self.integers = torch.empty(size, dtype=torch.int32, device=device)
         self.floats = torch.empty((3, size), dtype=dtype, device=device)
 
 
@@ -138,8 +160,8 @@ def measure(
 
     original: fp32 or fp64 (n,), n <= 2^24, finite. Errors are computed in this dtype; fp32 is widened to fp64 if its
     squares would not fit (see SQUARES_FIT). codes: uint8 (n,). positions: int32 (n,), code-space positions of the
-    magnitudes with 16 fraction bits, unsaturated; overwritten. scale: fp32, 0-dim. counts: int64 (n,), or None for once
-    each. scratch: same dtype and device as original, at least n long.
+    magnitudes with 16 fraction bits, unsaturated, negative where the code has the opposite sign; overwritten. scale:
+    fp32, 0-dim. counts: int64 (n,), or None for once each. scratch: same dtype and device as original, at least n long.
     """
     n = len(original)
     if not n:
@@ -147,7 +169,7 @@ def measure(
     if original.dtype == torch.float32 and not squares_fit(amax):
         original, scratch = original.double(), None
     scratch = scratch or Scratch(n, original.dtype, original.device)
-    code, sign = (buffer[:n] for buffer in scratch.integers)
+    code = scratch.integers[:n]
     dequantized, error, terms = (buffer[:n] for buffer in scratch.floats)
     values = (_values(float8, codes.device) * scale).to(original.dtype)
     torch.index_select(values, 0, code.copy_(codes), out=dequantized)
@@ -158,14 +180,11 @@ def measure(
     sum_error = _sum(error, counts)
     sum_squared_error = _sum(torch.mul(error, error, out=terms), counts)
     sum_squared = _sum(torch.mul(original, original, out=terms), counts)
-    step_bins = _step_bins(code, positions, sign)
+    distances = code.bitwise_and_(0x7F).mul_(ONE).sub_(positions)
+    step_histogram, relative_histogram = _histograms(distances, torch.div(error, amax or 1.0, out=terms), counts)
+    relative_histogram[0] -= count - changed
     last = float8.max_code << FRACTION_BITS
     saturated = _count_nonzero(positions.sub_(last).clamp_(min=0), counts, terms) if positions.max() > last else 0
-    relative_bins = _relative_bins(torch.div(error, amax or 1.0, out=terms))
-    bins = step_bins.mul_(RELATIVE_BINS).add_(relative_bins)
-    histogram = torch.bincount(bins, counts, STEP_BINS * RELATIVE_BINS).reshape(STEP_BINS, RELATIVE_BINS).long()
-    relative_histogram = histogram.sum(0)
-    relative_histogram[0] -= count - changed
     return ErrorStatistics(
         count=count,
         sum_error=sum_error,
@@ -176,7 +195,7 @@ def measure(
         saturated=saturated,
         flushed=nonzero - nonzero_after,
         exact=count - changed,
-        step_histogram=tuple(histogram.sum(1).tolist()),
+        step_histogram=tuple(step_histogram.tolist()),
         relative_histogram=tuple(relative_histogram.tolist()),
     )
 
@@ -186,19 +205,28 @@ def _values(float8: Float8Format, device: torch.device) -> torch.Tensor:
     return torch.tensor(float8.values, dtype=torch.float32, device=device)
 
 
-def _step_bins(code: torch.Tensor, positions: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """The bin of each error in steps: the distance in code space with the value's sign. Overwrites all arguments."""
-    torch.bitwise_right_shift(code, 7, out=sign).mul_(-2).add_(1)
-    steps = code.bitwise_and_(0x7F).bitwise_left_shift_(FRACTION_BITS).sub_(positions).mul_(sign)
-    middle = (STEP_BINS << STEP_BIN_BITS) // 2
-    return steps.add_(middle).bitwise_right_shift_(STEP_BIN_BITS).clamp_(0, STEP_BINS - 1)
+def _histograms(
+    distances: torch.Tensor, relative: torch.Tensor, counts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """step_histogram, and relative_histogram with the errors of 0 in its lowest bin: int64.
 
-
-def _relative_bins(relative: torch.Tensor) -> torch.Tensor:
-    """The bin of each error / amax: the fp32 exponent and the first mantissa bit. Overwrites `relative`."""
-    lowest = 2 * (127 - RELATIVE_OCTAVES)
-    bits = relative.abs_().float().view(torch.int32)
-    return bits.bitwise_right_shift_(22).sub_(lowest).clamp_(0, RELATIVE_BINS - 1)
+    Both are counted in one table (sign, half octave, steps). distances: int32 (n,), from positions to codes in code
+    space, of either sign. relative: float (n,), errors / amax. counts: see measure. Overwrites both tensors.
+    """
+    almost_one_bin = (1 << STEP_BIN_BITS) - 1
+    steps = distances.abs_().add_(almost_one_bin).bitwise_right_shift_(STEP_BIN_BITS).clamp_(max=STEP_SIDE)
+    # The exponent and the first mantissa bit: 0 to 511, and -512 to -1 for negative errors.
+    half_octaves = relative.float().view(torch.int32).bitwise_right_shift_(FP32_MANTISSA - 1)
+    bins = half_octaves.add_(512).mul_(STEP_SIDE + 1).add_(steps)
+    table = torch.bincount(bins, counts, 1024 * (STEP_SIDE + 1)).view(2, 512, STEP_SIDE + 1)
+    below, above = table.sum(1).long()
+    step_histogram = torch.cat([below[1:].flip(0), below[:1] + above[:1], above[1:]])
+    lowest = 2 * (FP32_BIAS - RELATIVE_OCTAVES)
+    sizes = [lowest, RELATIVE_BINS, 512 - lowest - RELATIVE_BINS]
+    too_small, relative_histogram, too_large = table.sum((0, 2)).long().split(sizes)
+    relative_histogram[0] += too_small.sum()
+    relative_histogram[-1] += too_large.sum()
+    return step_histogram, relative_histogram
 
 
 def _sum(x: torch.Tensor, counts: torch.Tensor | None) -> float:

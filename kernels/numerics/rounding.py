@@ -101,39 +101,28 @@ def _draw_owlshift(position: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
 ROUNDINGS = {
     rounding.name: rounding
     for rounding in (
-        Rounding(
-            "stochastic",
-            "up or down at random, in proportion to the distance; unbiased",
-            _draw_stochastic,
-            complements_words=True,
-        ),
-        Rounding(
-            "owlshift",
-            "adds a random part of a step, then truncates; same distribution as stochastic",
-            _draw_owlshift,
-        ),
+        Rounding("stochastic", "up or down at random, without bias", _draw_stochastic, complements_words=True),
+        Rounding("nearest", "smallest error per weight", None),
+        Rounding("owlshift", "stochastic; adds part of a step, then truncates", _draw_owlshift),
         Rounding(
             "complex_neighbor",
-            "draws between the nearest value and its neighbour; same distribution as stochastic",
+            "stochastic; draws between two neighbours",
             _draw_complex_neighbor,
             complements_words=True,
         ),
-        Rounding(
-            "shift_perturb",
-            "adds up to half a step of noise, then rounds to nearest; same distribution as stochastic",
-            _draw_shift_perturb,
-        ),
-        Rounding("nearest", "to the nearest value, ties to even: smallest error per weight, but biased", None),
+        Rounding("shift_perturb", "stochastic; adds noise, then rounds to nearest", _draw_shift_perturb),
     )
 }
+"""The roundings that treat each number alone: the two to choose from, then other mechanisms of stochastic rounding."""
 
 
-CALIBRATED = Rounding(
-    "calibrated", "minimizes the error of the layer's output on recorded inputs; needs a calibration", None
-)
+CALIBRATED = Rounding("calibrated", "smallest error of each layer's output; needs a calibration", None)
 
-METHODS = {**ROUNDINGS, CALIBRATED.name: CALIBRATED}
-"""Every choice of rounding. ROUNDINGS treat each number alone, `calibrated` a whole weight (calibration/gptq.py)."""
+METHODS = {
+    rounding.name: rounding
+    for rounding in (ROUNDINGS["stochastic"], ROUNDINGS["nearest"], CALIBRATED, *ROUNDINGS.values())
+}
+"""Every choice of rounding: those of ROUNDINGS, and `calibrated`, which treats a whole weight (calibration/gptq.py)."""
 
 
 def round_magnitudes(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, ErrorStatistics, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.numerics.backends import cpu
+from stochastic_fp8_pack.kernels.numerics import quantized_tensor
+from stochastic_fp8_pack.kernels.numerics.backends import BACKENDS, cpu
 from stochastic_fp8_pack.kernels.numerics.error_statistics import (
     RELATIVE_BINS,
     STEP_BINS,
@@ -55,13 +56,33 @@ def test_statistics_against_numpy(format, rounding, dtype, scaling):
 def test_step_histogram_against_numpy(format, rounding):
     x = weights()
     q = quantize_tensor(x, format=format, rounding=rounding, statistics=True, key="w")
-    scaled = (x / q.scale).double().numpy()
-    codes = q.codes.view(torch.uint8).numpy()
-    steps = ((codes & 0x7F) - grids.position(scaled, format)) * np.where(codes > 0x7F, -1, 1)
-    expected, _ = np.histogram(steps, bins=step_bin_edges())
-    histogram = np.array(q.error.step_histogram)
-    assert histogram.sum() == len(x)
-    assert np.abs(histogram - expected).sum() <= 1e-3 * len(x), "positions are rounded to 16 fraction bits"
+    errors = grids.steps((x / q.scale).numpy(), q.codes.view(torch.uint8).numpy(), format)
+    assert q.error.step_histogram == grids.step_histogram(errors)
+    assert sum(q.error.step_histogram) == len(x)
+
+
+@pytest.mark.parametrize(("backend", "threshold"), [("reference", 0), ("cpu", 0), ("cpu", 1 << 40)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_errors_on_bin_edges(monkeypatch, format, rounding, dtype, backend, threshold):
+    monkeypatch.setattr(quantized_tensor, "choose_backend", lambda device: BACKENDS[backend])
+    monkeypatch.setattr(cpu, "LOOKUP_THRESHOLD", threshold)
+    x = torch.from_numpy(grids.values_at_bin_edges(format)).to(DTYPES[dtype]).repeat(20)
+    x = x[x.isfinite()]
+    q = quantize_tensor(x, format=format, rounding=rounding, scaling="none", statistics=True, key="w")
+    errors = grids.steps(x.float().numpy(), q.codes.view(torch.uint8).numpy(), format)
+    edges = set(range(-16, 17)) if rounding == "nearest" else set(range(-31, 32))
+    assert edges - {0} <= set(32 * errors), "errors on every edge"
+    assert q.error.step_histogram == grids.step_histogram(errors)
+
+
+def test_an_error_on_an_edge_is_counted_nearer_to_0():
+    """In E4M3, 17 and 19 are half a step from 16 and 20; 480 saturates by one step, 488 and 2000 by more."""
+    x = torch.tensor([17.0, -17.0, 19.0, -19.0, 16.0625, 480.0, -480.0, 488.0, 2000.0, 16.0, 0.0])
+    q = quantize_tensor(x, rounding="nearest", scaling="none", statistics=True)
+    counted = {i - 40: count for i, count in enumerate(q.error.step_histogram) if count}
+    assert counted == {-16: 2, 16: 2, -1: 1, -32: 1, 32: 1, -40: 2, 0: 2}
 
 
 def test_relative_histogram_against_numpy():
@@ -76,8 +97,9 @@ def test_relative_histogram_against_numpy():
 
 def test_bin_edges():
     edges = step_bin_edges()
-    assert (len(edges), edges[0], edges[-1]) == (STEP_BINS + 1, -81 / 64, 81 / 64)
-    assert edges[40] == -edges[41]
+    assert (len(edges), edges[0], edges[-1]) == (STEP_BINS + 1, -1.25, 1.25)
+    assert edges[40] == edges[41] == 0
+    assert [edges.index(edge) for edge in (-1, -0.5, 1 / 32, 0.5, 1)] == [8, 24, 42, 57, 73]
     assert relative_bin_edges()[:3] == [2**-32, 1.5 * 2**-32, 2**-31]
     assert relative_bin_edges()[-1] == 1
 
@@ -86,11 +108,14 @@ def test_shapes_of_the_step_histograms():
     """Nearest is a box on [-1/2, 1/2]; stochastic a triangle on [-1, 1], with twice the squared error."""
     x = torch.from_numpy(np.random.default_rng(0).uniform(1, 2, 1_000_000)).float()
     nearest, stochastic = (quantize_tensor(x, rounding=r, statistics=True).error for r in ("nearest", "stochastic"))
-    box, triangle = np.array(nearest.step_histogram) / 1e6 * 32, np.array(stochastic.step_histogram) / 1e6 * 32
-    centres = (np.arange(STEP_BINS) - STEP_BINS // 2) / 32
-    assert np.abs(box[np.abs(centres) < 0.45] - 1).max() < 0.1
-    assert box[np.abs(centres) > 0.55].sum() == 0
-    assert np.abs(triangle - np.maximum(0, 1 - np.abs(centres))).max() < 0.1
+    box, triangle = (np.array(error.step_histogram) / 1e6 * 32 for error in (nearest, stochastic))
+    edges = np.array(step_bin_edges())
+    centres = (edges[1:] + edges[:-1]) / 2
+    sides = centres != 0
+    assert np.abs(box[sides & (np.abs(centres) < 0.5)] - 1).max() < 0.1
+    assert box[np.abs(centres) > 0.5].sum() == 0
+    assert np.abs(triangle - np.maximum(0, 1 - np.abs(centres)))[sides].max() < 0.1
+    assert triangle[np.abs(centres) > 1].sum() == 0
     assert stochastic.sum_squared_error / nearest.sum_squared_error == pytest.approx(2, rel=0.02)
     assert abs(stochastic.bias) < 5 * stochastic.rmse / 1000
 
@@ -149,6 +174,28 @@ def test_merging_the_halves_gives_the_whole():
     assert merge([parts[0], parts[1], q.error]).count == both.count + q.error.count
     assert both.sum_squared_error == pytest.approx(q.error.sum_squared_error, rel=1e-5)
     assert len(both.samples) == 128
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+@pytest.mark.parametrize("rounding", [name for name, rounding in ROUNDINGS.items() if rounding.draw])
+def test_gain_of_nearest_against_a_second_run(rounding, spread):
+    """spread: the part of a step above FP8 values in which the originals lie."""
+    rng = np.random.default_rng(1)
+    x = torch.from_numpy(1 + (rng.integers(0, 8, 100_000) + spread * rng.random(100_000)) / 8)
+    errors = [
+        quantize_tensor(x, rounding=name, scaling="none", statistics=True, key="w").error
+        for name in (rounding, "nearest")
+    ]
+    gain = errors[1].sqnr - errors[0].sqnr
+    assert gain == pytest.approx(6.0 if spread < 1 else 3.0, abs=0.2)
+    assert errors[0].nearest_gain == pytest.approx(gain, abs=0.1)
+
+
+@pytest.mark.parametrize("value", [1.0, 1000.0])
+def test_no_gain_of_nearest_without_errors_or_with_saturation(value):
+    x = torch.tensor([value, 1.03])
+    q = quantize_tensor(x[: 1 if value == 1 else 2], scaling="none", statistics=True, key="w")
+    assert q.error.nearest_gain is None
 
 
 def test_samples_are_pairs_of_original_and_dequantized():

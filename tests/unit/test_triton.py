@@ -6,6 +6,7 @@ Triton reads TRITON_INTERPRET when it is first imported and again at each launch
 import dataclasses
 import math
 
+import grids
 import numpy as np
 import pytest
 import torch
@@ -131,10 +132,20 @@ def test_statistics_of_a_known_tensor():
     assert error.sum_error == -0.5 + 2.0**-11
     assert error.max_error == 0.5
     assert error.sum_squared == 2 * 448.0**2 + 16.5**2
-    # Bins of 1/32 step: -1/4 for 16.5 and +1/4 for the negative one, around the middle bin.
+    # Bins of 1/32 step: -1/4 for 16.5 and +1/4 for the negative one, on edges, which belong to the bin nearer to 0.
     assert {i: count for i, count in enumerate(error.step_histogram) if count} == {32: 1, 40: 4, 48: 1}
     # Two bins per octave from 2^-32: 0.5/448 = 1.14 * 2^-10, and 2^-11/448 = 1.14 * 2^-20.
     assert {i: count for i, count in enumerate(error.relative_histogram) if count} == {24: 1, 44: 1}
+
+
+@roundings
+@formats
+def test_errors_on_bin_edges(format, rounding):
+    x = torch.from_numpy(grids.values_at_bin_edges(format)).repeat(20)
+    (codes, error), _ = both(x, format, rounding, "none", statistics=True)
+    errors = grids.steps(x.numpy(), codes.numpy(), format)
+    assert len(set(32 * errors) & set(range(-16, 17))) == 33, "errors on all edges up to half a step"
+    assert error.step_histogram == grids.step_histogram(errors)
 
 
 @dtypes

@@ -45,7 +45,8 @@ UNCHANGED = tl.constexpr(STEP_BINS * (RELATIVE_BINS + 1))
 """The counter of values that did not change, after the table."""
 COUNTERS = tl.constexpr(STEP_BINS * (RELATIVE_BINS + 1) + 1)
 STEP_SHIFT = tl.constexpr(24 - FRACTION_BITS + STEP_BIN_BITS)
-STEP_MIDDLE = tl.constexpr(STEP_BINS << (24 - FRACTION_BITS + STEP_BIN_BITS - 1))
+STEP_MIDDLE = tl.constexpr(STEP_BINS // 2)
+ALMOST_ONE_BIN = tl.constexpr((1 << STEP_SHIFT.value) - 1)
 SMALLEST_RELATIVE = tl.constexpr(2.0**-RELATIVE_OCTAVES)
 LARGEST_RELATIVE = tl.constexpr(1 - 2.0**-24)
 FIRST_RELATIVE_BIN = tl.constexpr(2 * (FP32_BIAS - RELATIVE_OCTAVES))
@@ -155,7 +156,7 @@ def quantize_and_measure(
             position, drawn = _draw(x, word, scale, reciprocal, FLOAT8, STOCHASTIC, CEILING, WIDE, True)
             _store(codes, start, n, _encode(drawn, x), TILE, MASKED)
             error = _error(x, drawn, scale, FLOAT8)
-            bins = _bins(x, error, position, drawn, amax, amax_reciprocal, CEILING)
+            bins = _bins(error, position, drawn, amax, amax_reciprocal, CEILING)
             _count(counters, bins, SHARED_COUNTERS)
             error_sum += _fold(error)
             squared_error_sum += _fold(error * error)
@@ -323,11 +324,10 @@ def _error(x, drawn, scale, FLOAT8: tl.constexpr):
 
 
 @triton.jit
-def _bins(x, error, position, drawn, amax, amax_reciprocal, CEILING: tl.constexpr):
-    """The counter of each element; error_statistics.py defines the bins."""
-    negative = _bits(x) >> 31
-    steps = ((drawn & CODE_MASK) - position) * (negative | 1)
-    row = (steps + STEP_MIDDLE) >> STEP_SHIFT
+def _bins(error, position, drawn, amax, amax_reciprocal, CEILING: tl.constexpr):
+    """The counter of each element; error_statistics.py defines the bins. error: original minus dequantized."""
+    steps = (tl.abs((drawn & CODE_MASK) - position) + ALMOST_ONE_BIN) >> STEP_SHIFT
+    row = tl.where(error < 0, STEP_MIDDLE + steps, STEP_MIDDLE - steps)
     relative = tl.abs(_divide(error, amax, amax_reciprocal, False))
     relative = tl.maximum(relative, SMALLEST_RELATIVE)
     if CEILING is not None:
