@@ -13,19 +13,43 @@ StochasticFP8Error
  └── UnsupportedDtypeError a tensor that is not floating-point (also a TypeError)
 
 All except UnsupportedDtypeError are also ValueErrors. Every message is one line: the file, tensor or option, the
-fault, and the way out.
+fault, and the way out. ComfyUI shows the types as `stochastic_fp8.CheckpointError` and so on, without the pack's path.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from .display import printable
 
+SHOWN_MODULE = "stochastic_fp8"
+"""The module of the exceptions in messages. The real one would begin with the path of ComfyUI's folder custom_nodes."""
+
 
 class StochasticFP8Error(Exception):
-    """Base class of all exceptions that the library raises on purpose."""
+    """Base class of all exceptions that the library raises on purpose. Can be pickled."""
+
+    _home: ClassVar[str] = __module__
+    """The module that defines the class."""
+    __module__ = SHOWN_MODULE
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._home, cls.__module__ = cls.__module__, SHOWN_MODULE
+
+    def __reduce__(self) -> tuple[Callable[..., StochasticFP8Error], tuple[Any, ...]]:
+        return _restored, (self._home, type(self).__name__, self.args, vars(self))
+
+
+def _restored(home: str, name: str, arguments: tuple[Any, ...], state: dict[str, Any]) -> StochasticFP8Error:
+    kind: type[StochasticFP8Error] = getattr(importlib.import_module(home), name)
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(state)
+    return error
 
 
 class UnknownChoiceError(StochasticFP8Error, ValueError):
@@ -53,7 +77,14 @@ class NonFiniteError(StochasticFP8Error, ValueError):
 
 
 class CheckpointError(StochasticFP8Error, ValueError):
-    """A file that cannot be read, written or used."""
+    """A file that cannot be read, written or used.
+
+    Attributes: file (its name without folder), fault and way_out, the parts of the message; "" where there is none.
+    """
+
+    def __init__(self, message: str, file: str = "", fault: str = "", way_out: str = ""):
+        super().__init__(message)
+        self.file, self.fault, self.way_out = file, fault or message, way_out
 
 
 class LimitError(CheckpointError):
@@ -72,15 +103,19 @@ class UnsupportedDtypeError(StochasticFP8Error, TypeError):
     """A tensor that is not floating-point, or FP8 without its scale."""
 
 
-def file_error(path: str | os.PathLike[str], text: str) -> CheckpointError:
-    """A CheckpointError of one line: the file's name without its folder, then the text."""
-    return CheckpointError(_file_message(path, text))
+def file_error(path: str | os.PathLike[str], fault: str, way_out: str = "") -> CheckpointError:
+    """A CheckpointError of one line: the file's name without its folder, the fault, and the way out."""
+    return _file_error(CheckpointError, path, fault, way_out)
 
 
-def limit_error(path: str | os.PathLike[str], text: str) -> LimitError:
+def limit_error(path: str | os.PathLike[str], fault: str, way_out: str = "") -> LimitError:
     """The same as a LimitError."""
-    return LimitError(_file_message(path, text))
+    return _file_error(LimitError, path, fault, way_out)
 
 
-def _file_message(path: str | os.PathLike[str], text: str) -> str:
-    return printable(" ".join(f"{os.fspath(Path(path).name)}: {text}".splitlines()))
+_Error = TypeVar("_Error", bound=CheckpointError)
+
+
+def _file_error(kind: type[_Error], path: str | os.PathLike[str], fault: str, way_out: str) -> _Error:
+    file, fault, way_out = (printable(" ".join(text.splitlines())) for text in (Path(path).name, fault, way_out))
+    return kind(f"{file}: {fault}{f'; {way_out}' if way_out else ''}", file, fault, way_out)

@@ -8,7 +8,8 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from ..kernels.figures import inspection_sheet
-from ..kernels.state_dict.inspection import Inspection, inspect_file
+from ..kernels.state_dict.findings import Inspection
+from ..kernels.state_dict.inspection import inspect_file
 from ..kernels.state_dict.repair import repair_file
 from .files import (
     OUTPUT_FOLDERS,
@@ -19,7 +20,7 @@ from .files import (
     loader_name,
     target_path,
 )
-from .pictures import draw_image
+from .pictures import draw_image, theme_input
 from .schema import CATEGORY, newer
 
 log = logging.getLogger("stochastic_fp8")
@@ -35,7 +36,7 @@ class StochasticFP8Inspect(io.ComfyNode):
             node_id="StochasticFP8Inspect",
             display_name="Inspect FP8 Checkpoint",
             category=CATEGORY,
-            search_aliases=["fp8 check", "verify fp8", "repair fp8"],
+            search_aliases=["check fp8", "verify fp8", "repair fp8", "broken checkpoint"],
             description=(
                 "Checks an FP8 file. Lists what is wrong with it, what that does to the image, how to repair it, and "
                 "how each ComfyUI version reads it. Unless deep is on, only headers and scales are read, so even a "
@@ -59,6 +60,7 @@ class StochasticFP8Inspect(io.ComfyNode):
                     default="repaired",
                     tooltip="The name of the repaired copy. A number is added, so that no file is overwritten.",
                 ),
+                theme_input(),
             ],
             outputs=[
                 io.String.Output(id="findings", display_name="findings", tooltip="The findings, one line per kind."),
@@ -73,7 +75,7 @@ class StochasticFP8Inspect(io.ComfyNode):
         return fingerprint(file)
 
     @classmethod
-    def execute(cls, file, deep, repair, filename_prefix):
+    def execute(cls, file, deep, repair, filename_prefix, theme="dark"):
         kind, path = find_source(file)
         if repair:
             check_prefix(OUTPUT_FOLDERS[kind], filename_prefix)
@@ -82,7 +84,7 @@ class StochasticFP8Inspect(io.ComfyNode):
         if repair:
             text += "\n\n" + _repair(kind, path, inspection, filename_prefix)
         log.info("%s", text)
-        image = draw_image(lambda: inspection_sheet(inspection))
+        image = draw_image(lambda: inspection_sheet(inspection), theme)
         return io.NodeOutput(text, image, inspection.ok, ui=ui.PreviewText(text))
 
 

@@ -24,6 +24,7 @@ from ..kernels.engine.notes import finely_scaled_note
 from ..kernels.engine.weights import Read
 from ..kernels.files.header import TensorInfo
 from ..kernels.numerics.error_statistics import evenly_spaced
+from ..kernels.numerics.nonfinite import FLOATS, count_nonfinite
 from ..kernels.numerics.transfers import Prefetcher, to_device
 from ..kernels.selection.components import Components
 from ..kernels.selection.presets import DIFFUSION, NEVER_QUANTIZED, TEXT_ENCODER
@@ -49,14 +50,13 @@ class ModelError(StochasticFP8Error, ValueError):
 class Network:
     """One network of a patcher: the module under `prefix`, such as `diffusion_model.`."""
 
-    nonfinite: Mapping[str, tuple[int, int]] = {}
-    """Not counted here: the loader reads the kept tensors after the report is made."""
-
     def __init__(self, patcher, prefix: str, name: str):
         """name: what reports and errors call it."""
         self.patcher = patcher
         self.prefix = prefix
         self.name = name
+        self.nonfinite: dict[str, tuple[int, int]] = {}
+        """Counted when a kept tensor is read for ComfyUI's loader: the report is complete after loading."""
         self.kind = TEXT_ENCODER if patcher.is_clip else DIFFUSION
         self.module = comfy.utils.get_attr(patcher.model, prefix.rstrip("."))
         self._config = getattr(patcher.model, "model_config", None)
@@ -71,6 +71,10 @@ class Network:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by published name, without prefix, with the dtype that a file would hold."""
         return {name: TensorInfo.of(self.stored(name)) for name in self._names}
+
+    @cached_property
+    def components(self) -> Components:
+        return Components(self.tensors, self.kind)
 
     @cached_property
     def scaled(self) -> dict[str, ScaledWeight]:
@@ -130,7 +134,7 @@ class Network:
 
     def check_readable(self) -> None:
         """Raises ModelError for a network in scaled FP8 that ComfyUI reads in 16 bits only, such as CLIP-L."""
-        preset = Components(self.tensors, self.kind).main.preset
+        preset = self.components.main.preset
         if preset.kind == NEVER_QUANTIZED and self.scaled:
             raise self.error(f"is in scaled FP8, and {preset.reason}: load its 16-bit file instead")
 
@@ -142,7 +146,7 @@ class Network:
             info = TensorInfo("float32", info.shape)
         elif self._patches(name):  # applied in fp32, and then loaded like the model's other tensors
             info = TensorInfo.of(self.tensor(name))
-        return TensorEntry(info, lambda: self.value(name, device))
+        return TensorEntry(info, lambda: self._counted(name, self.value(name, device)))
 
     def input_scale(self, name: str) -> torch.Tensor | None:
         codes, _, module = self._codes(name)
@@ -287,6 +291,13 @@ class Network:
             if not self.is_plain(name) or tensor.itemsize != 2:
                 return
             prefetcher.prefetch(tensor)
+
+    def _counted(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The tensor. How many of its values are NaN or infinite is noted."""
+        counts = count_nonfinite(x.contiguous()) if TensorInfo.of(x).dtype in FLOATS else (0, 0)
+        if any(counts):
+            self.nonfinite[name] = counts
+        return x
 
     def _patches(self, name: str) -> list[tuple]:
         key = self.key(name)

@@ -26,14 +26,10 @@ from ..kernels.selection.selection import MEASURED
 from ..kernels.state_dict.compatibility import DEGRADED, check_usable, layout_verdicts, verdict_of
 from . import models
 from .calibration import FOLDER, list_calibrations
-from .demo import MODELS
 from .diffusers_names import open_native
 from .files import check_detected, check_entries, check_folder, find_source, is_listed
 
 PARTS = {"file": "the whole file", "model": "its diffusion model", "clip": "its text encoders"}
-
-DEMO = "demo/tiny_sd3_landscapes.safetensors"
-"""The model that ships with the pack, which no loader lists."""
 
 NAMES = 200
 """The most rows of names that a plan lists under one reason."""
@@ -53,7 +49,7 @@ def make_plan(
 ) -> dict:
     """What becomes of the tensors of a file, as JSON.
 
-    file: `kind/name` as the file node lists it. part: one of PARTS. calibration: the same for a file that Load FP8
+    file: `kind/name` as the file node lists it. part: one of PARTS. calibration: the same for a file that Load
     Calibration lists, for layers `measured`.
     Raises NoSuchFile, and ValueError (one line) for what cannot be quantized so.
     """
@@ -63,7 +59,7 @@ def make_plan(
         with open_native(path) as source:
             job = plan_job(source, recipe, known, requantize=requantize)
             report = report_plan(job)
-            return describe(report) | _in_versions(file.partition("/")[0], source, job, report, for_another_comfyui)
+            return describe(report) | _in_versions(find_source(file)[0], source, job, report, for_another_comfyui)
     models.check_runs(recipe.format)
     with open_native(path) as source:
         jobs = [Quantization(weights, recipe, known) for weights in _networks(source, part)]
@@ -117,9 +113,9 @@ def _in_versions(kind: str, source: Source, job: Quantization, report: Report, f
     try:
         if not for_another_comfyui:
             check_entries(layout, [job.recipe.format])
-            check_folder(kind, source)
+            check_folder(kind, source, components)
             check_usable(COMFYUI_VERSION, layout, [job.recipe.format], components, kept=job.kept_formats)
-            check_detected(source)
+            check_detected(source, components)
             problems += [str(running)] * (running.outcome == DEGRADED)
     except ValueError as error:
         problems.append(str(error))
@@ -152,8 +148,6 @@ def _over_blocks(key: str) -> str:
 
 def _model_path(file: str) -> Path:
     """The path of a file that ComfyUI lists. It may be a link to another disk, which the loaders follow as well."""
-    if file == DEMO:
-        return MODELS / "tiny_sd3_landscapes.safetensors"
     if not is_safetensors(file) and not is_index(file):
         raise NoSuchFile(f"{file}: a plan needs a .safetensors file, the only kind that is read")
     if not is_listed(file):
@@ -175,8 +169,8 @@ def _calibration(name: str) -> Calibration | None:
     calibration = load_calibration(folder_paths.get_full_path_or_raise(FOLDER, listed))
     if calibration.sensitivity is None:
         raise CalibrationError(
-            f"{listed} has no measured effects: measure them with FP8 Sensitivity, or press Run to choose by predicted "
-            "errors"
+            f"{listed} has no measured effects: measure them with Layer Sensitivity, or press Run to choose by "
+            "predicted errors"
         )
     return calibration
 

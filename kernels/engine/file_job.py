@@ -22,7 +22,7 @@ from ..progress import Meter, ProgressCallback
 from ..recipe import Recipe, recipe_from
 from ..report.report import Report
 from ..state_dict.compatibility import EXACT, Verdict, check_usable, layout_verdicts, verdict_of
-from ..state_dict.size import METADATA_BYTES, metadata_bytes
+from ..state_dict.size import bytes_beyond_reserve
 from ..state_dict.write import write_state_dict
 from .file_weights import FileWeights
 from .quantization import RECIPE_ENTRY, LayerCallback, Quantization, recipe_entry
@@ -72,7 +72,7 @@ def quantize_file(
             statistics=statistics,
             observe=observe,
             progress=progress,
-            reserved=max(0, metadata_bytes(metadata or {}) - METADATA_BYTES // 2),
+            reserved=bytes_beyond_reserve(metadata or {}),
         )
         job.check_anything_left()
         _check_usable(job, target, for_comfyui)

@@ -17,6 +17,7 @@ from ..numerics.formats import FORMATS
 from ..numerics.nonfinite import FLOATS, count_nonfinite
 from ..numerics.transfers import Send, to_device
 from ..recipe import Recipe
+from ..selection.blocks import incomplete_blocks
 from ..selection.components import Component, Components
 from ..selection.foreign import diffusers_model, foreign_kind, other_quantizer
 from ..state_dict.layouts import HEADER_ENTRY, SOURCE_ONLY_SCALE
@@ -91,8 +92,10 @@ class FileWeights:
                 if format is None:
                     raise self.error(f"the entry of layer {layer!r} has no format; start from the 16-bit file")
                 raise self.error(f"layer {layer!r} is already quantized as {format}; start from the 16-bit file")
-        for name, stored in self._names.items():
-            self._check_scale(name, stored)
+        for block, fault in incomplete_blocks(self._components, self._names.values()):
+            raise self.error(f"{block} {fault}; download the model again")
+        for stored in self._names.values():
+            self._check_scale(stored)
         same = [name for name in names if self._stored_dtype(name) == recipe.format and self._is_tensor_wise(name)]
         if same and not self._requantize:
             raise self.error(
@@ -203,7 +206,7 @@ class FileWeights:
     def _scale_name(self, stored: str) -> str:
         return self._markings.weight_scales[self._layers[stored].name]
 
-    def _check_scale(self, name: str, stored: str) -> None:
+    def _check_scale(self, stored: str) -> None:
         """Raises CheckpointError for an FP8 weight whose scale is missing, ambiguous or not understood."""
         info = self._source.tensors[stored]
         if info.dtype not in FORMATS:
@@ -213,6 +216,12 @@ class FileWeights:
             names = " and ".join(map(repr, self._markings.doubled[layer]))
             raise self.error(
                 f"layer {layer!r} has two scales, {names}: delete the wrong one, or start from the 16-bit file"
+            )
+        unknown = self._unknown_scales.get(stored)
+        if unknown:
+            raise self.error(
+                f"weight {stored!r} is FP8, and {unknown!r} beside it looks like a scale of an unknown kind; start "
+                "from the 16-bit file"
             )
         if stored in self._layers:
             scale = self._read(read_scales, self._scale_name(stored))
@@ -224,12 +233,6 @@ class FileWeights:
         prefix = self._markings.prefix_of(stored, self._components.prefix_of(stored))
         if self._markings.declares(layer, prefix) and self._components.is_linear(stored, info):
             raise self.error(f"layer {layer!r} is marked as scaled FP8 but has no scale; start from the 16-bit file")
-        unknown = self._unknown_scales.get(stored)
-        if unknown:
-            raise self.error(
-                f"weight {stored!r} is FP8, and {unknown!r} beside it looks like a scale of an unknown kind; start "
-                "from the 16-bit file"
-            )
 
     def _way_to_keep(self, same: Collection[str], names: Collection[str]) -> str:
         """How to leave a network of an all-in-one checkpoint as it is, where another one can be quantized."""

@@ -198,11 +198,11 @@ class MeasuredChoice:
             text += f": predicted latent quality {display.decibels(choice.decibels)}"
         yield f"{text}. The file takes at most {display.bytes(choice.nbytes)}"
         if sensitivity is None:
-            yield "the effects on the picture were not measured: FP8 Sensitivity would choose better layers"
+            yield "the effects on the picture were not measured: Layer Sensitivity would choose better layers"
         elif self._recipe.rounding == CALIBRATED.name and not sensitivity.predicts_calibrated:
             yield (
-                "FP8 Sensitivity measured without recorded inputs, so calibrated rounding counts as nearest in this "
-                "choice: connect a calibration to FP8 Sensitivity"
+                "Layer Sensitivity measured without recorded inputs, so calibrated rounding counts as nearest in this "
+                "choice: connect a calibration to Layer Sensitivity"
             )
         if self.unknown:
             layers = display.count(len(self.unknown), "layer")
@@ -223,14 +223,14 @@ def candidate_names(weights: Weights, selection: Selection) -> dict[str, str]:
 def _checked(weights: Weights, selection: Selection, recipe: Recipe, calibration: Calibration | None) -> Calibration:
     if calibration is None:
         raise CalibrationError(
-            "layers 'measured' needs to know what each layer does: connect FP8 Sensitivity or Load FP8 Calibration to "
+            "layers 'measured' needs to know what each layer does: connect Layer Sensitivity or Load Calibration to "
             "the input 'calibration' (on the command line: --calibration FILE)"
         )
     if selection.components.main.preset.kind != DIFFUSION:
         raise weights.error("is not a diffusion model, and layers 'measured' works for diffusion models only")
     if recipe.target_quality and calibration.sensitivity is None:
         raise CalibrationError(
-            "target_quality needs measured effects, and this calibration has none: measure them with FP8 Sensitivity, "
-            "or set size_limit instead"
+            "target_quality needs measured effects, and this calibration has none: measure them with Layer "
+            "Sensitivity, or set size_limit instead"
         )
     return calibration

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
-from ..calibration.gptq import TRUSTED_ROWS
+from ..calibration.gptq import IMAGES, MANY_PROMPTS, TRUSTED_ROWS
 from ..display import count
 from ..numerics.output_error import CONTRADICTORY, WEIGHT_ERROR
 from ..numerics.rounding import CALIBRATED
@@ -111,7 +111,8 @@ def calibration_notes(recipe: Recipe, layers: Iterable[LayerReport]) -> Iterator
         ),
         (
             [key for key, error in errors.items() if error and few <= error.rows < TRUSTED_ROWS],
-            f"calibrated with more damping, on fewer than {TRUSTED_ROWS:,} rows: more runs or prompts would help them",
+            f"calibrated with more damping, on fewer than {TRUSTED_ROWS:,} rows: calibrate on {IMAGES} images, or a "
+            f"text encoder on {MANY_PROMPTS} prompts",
         ),
     )
     for keys, text in groups:

@@ -53,7 +53,7 @@ def check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:
     """Raises CalibrationError where the recipe needs a calibration and there is none."""
     if recipe.rounding == CALIBRATED.name and calibration is None:
         raise CalibrationError(
-            "rounding 'calibrated' needs the recorded inputs of the layers: connect FP8 Calibration or Load FP8 "
+            "rounding 'calibrated' needs the recorded inputs of the layers: connect FP8 Calibration or Load "
             "Calibration to the input 'calibration' (on the command line: --calibration FILE)"
         )
 

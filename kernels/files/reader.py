@@ -37,14 +37,17 @@ _SHARD = re.compile(
 _NOT_IN_A_NAME = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]")
 """Characters that no name in an index has: a separator, control characters, and what has no bytes in UTF-8."""
 
+_AGAIN = "download it again"
+_PICKLE = "pickles can run code and are never opened", "convert it to safetensors first"
+
 _NOT_SAFETENSORS = {
-    b"PK\x03\x04": "is a PyTorch pickle; pickles can run code and are never opened: convert it to safetensors first",
-    b"\x80": "is a Python pickle; pickles can run code and are never opened: convert it to safetensors first",
-    b"GGUF": "is a GGUF file: start from the 16-bit safetensors file of this model",
-    b"version https://git-lfs": "is a Git LFS pointer, not the model: download the model itself",
-    b"<": "is a web page, probably from a failed download: download the model again",
+    b"PK\x03\x04": (f"is a PyTorch pickle; {_PICKLE[0]}", _PICKLE[1]),
+    b"\x80": (f"is a Python pickle; {_PICKLE[0]}", _PICKLE[1]),
+    b"GGUF": ("is a GGUF file", "start from the 16-bit safetensors file of this model"),
+    b"version https://git-lfs": ("is a Git LFS pointer, not the model", "download the model itself"),
+    b"<": ("is a web page, probably from a failed download", "download the model again"),
 }
-"""First bytes of a file that is not safetensors -> what it is, and what to do."""
+"""First bytes of a file that is not safetensors -> what it is, and the way out."""
 
 
 class Extent(NamedTuple):
@@ -77,7 +80,7 @@ class _File:
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe could wait forever
                 raise file_error(
-                    path, "is not a regular file; give a .safetensors file, or the .safetensors.index.json of a set"
+                    path, "is not a regular file", "give a .safetensors file, or the .safetensors.index.json of a set"
                 )
             self._file = open(path, "rb", buffering=0)
         except OSError as error:
@@ -87,7 +90,7 @@ class _File:
     def check_unchanged(self) -> None:
         """Raises CheckpointError if the file was written to since it was opened."""
         if self._state() != (self.size, self._modified):
-            raise file_error(self.path, "changed while it was read; try again when it is complete")
+            raise file_error(self.path, "changed while it was read", "try again when it is complete")
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         done = 0
@@ -97,7 +100,7 @@ class _File:
                 while done < len(buffer):
                     count = self._file.readinto(buffer[done:])
                     if not count:
-                        raise file_error(self.path, "shrank while it was read; try again when it is complete")
+                        raise file_error(self.path, "shrank while it was read", "try again when it is complete")
                     done += count
         except OSError as error:
             raise file_error(self.path, f"cannot be read: {error.strerror or error}") from error
@@ -271,17 +274,17 @@ def _add_file(source: Source, path: Path) -> None:
     tensors, metadata = _read_header(file)
     twice = next(iter(tensors.keys() & source.tensors.keys()), None)
     if twice is not None:
-        raise file_error(source.path, f"lists two files that both hold tensor {twice!r}; download the model again")
+        raise file_error(source.path, f"lists two files that both hold tensor {twice!r}", "download the model again")
     if len(tensors) + len(source.tensors) > MAX_TENSORS:
         raise limit_error(
-            source.path, f"lists files of more than {MAX_TENSORS:,} tensors together; download the model again"
+            source.path, f"lists files of more than {MAX_TENSORS:,} tensors together", "download the model again"
         )
     source.tensors.update(tensors)
     source.metadata = metadata | source.metadata
     source.metadata_by_file.append(metadata)
     if sum(map(len, source.metadata.values())) > MAX_HEADER:
         raise limit_error(
-            source.path, f"lists files with more than {MAX_HEADER:,} characters of metadata together; download it again"
+            source.path, f"lists files with more than {MAX_HEADER:,} characters of metadata together", _AGAIN
         )
 
 
@@ -289,33 +292,32 @@ def _read_header(file: _File) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     start = file.read(0, min(file.size, 32))
     length = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{":
-        for magic, text in _NOT_SAFETENSORS.items():
+        for magic, (fault, way_out) in _NOT_SAFETENSORS.items():
             if start.startswith(magic):
-                raise file_error(file.path, text)
+                raise file_error(file.path, fault, way_out)
     if len(start) < 8 or length <= MAX_HEADER and 8 + length > file.size:
-        raise file_error(file.path, "is truncated: it ends inside its header; download it again")
+        raise file_error(file.path, "is truncated: it ends inside its header", _AGAIN)
     if MAX_HEADER < length < file.size and start[8:9] == b"{":
         error = limit_error if length <= LIBRARY_MAX_HEADER else file_error
         raise error(
             file.path,
-            f"has a header of {length:,} bytes; at most {MAX_HEADER:,} are read. Headers of published models have less "
-            "than 2 MB: download it again",
+            f"has a header of {length:,} bytes; at most {MAX_HEADER:,} are read, and headers of published models have "
+            "less than 2 MB",
+            _AGAIN,
         )
     if length > MAX_HEADER or start[8:9] != b"{":
-        raise file_error(file.path, "is not a safetensors file: it does not begin with a header; download it again")
+        raise file_error(file.path, "is not a safetensors file: it does not begin with a header", _AGAIN)
     try:
         entries, metadata = parse_header(file.read(8, length))
     except TooLargeError as error:
-        raise limit_error(file.path, f"has a header beyond the limits: {error}; download it again") from error
+        raise limit_error(file.path, f"has a header beyond the limits: {error}", _AGAIN) from error
     except (ValueError, RecursionError) as error:
-        raise file_error(file.path, f"has an invalid header: {error}; download it again") from error
+        raise file_error(file.path, f"has an invalid header: {error}", _AGAIN) from error
     end = 8 + length + sum(info.nbytes for info, _ in entries.values())
     if end > file.size:
-        raise file_error(
-            file.path, f"is truncated: {end - file.size:,} of {end:,} bytes are missing; download it again"
-        )
+        raise file_error(file.path, f"is truncated: {end - file.size:,} of {end:,} bytes are missing", _AGAIN)
     if end < file.size:
-        raise file_error(file.path, f"has {file.size - end:,} bytes after the last tensor; download it again")
+        raise file_error(file.path, f"has {file.size - end:,} bytes after the last tensor", _AGAIN)
     tensors = {
         key: StoredTensor(info.dtype, info.shape, 8 + length + offset, file) for key, (info, offset) in entries.items()
     }
@@ -329,27 +331,26 @@ def _read_index(path: Path) -> dict[str, str]:
         if file.size > MAX_JSON:
             raise limit_error(
                 path,
-                f"has {file.size:,} bytes, too many for an index: at most {MAX_JSON:,} are read; download it again",
+                f"has {file.size:,} bytes, too many for an index: at most {MAX_JSON:,} are read",
+                _AGAIN,
             )
         index = parse_json(file.read(0, file.size), hook=without_duplicates)
     except CheckpointError:
         raise
     except TooLargeError as error:
-        raise limit_error(path, f"is an index beyond the limits: {error}; download it again") from error
+        raise limit_error(path, f"is an index beyond the limits: {error}", _AGAIN) from error
     except (ValueError, RecursionError) as error:
-        raise file_error(path, f"is not a valid index: {error}; download it again") from error
+        raise file_error(path, f"is not a valid index: {error}", _AGAIN) from error
     finally:
         file.close()
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise file_error(path, "has no weight_map from tensor names to file names; download it again")
+        raise file_error(path, "has no weight_map from tensor names to file names", _AGAIN)
     if len(weight_map) > MAX_TENSORS:
-        raise limit_error(path, f"lists more than {MAX_TENSORS:,} tensors; download it again")
+        raise limit_error(path, f"lists more than {MAX_TENSORS:,} tensors", _AGAIN)
     for name in weight_map.values():
         if not isinstance(name, str) or not _is_in_folder(name):
-            raise file_error(
-                path, f"names {name!r}, which is not a .safetensors file in the same folder; download it again"
-            )
+            raise file_error(path, f"names {name!r}, which is not a .safetensors file in the same folder", _AGAIN)
     return weight_map
 
 
@@ -363,5 +364,5 @@ def _check_index(source: Source) -> None:
     for key, name in weight_map.items():
         if key not in source.tensors or source.tensors[key].file.path.name != name:
             raise file_error(
-                source.path, f"lists tensor {key!r} in {name!r}, which does not hold it; download that file again"
+                source.path, f"lists tensor {key!r} in {name!r}, which does not hold it", "download that file again"
             )

@@ -64,14 +64,13 @@ class Components:
         """Whether the names of the main network's layers carry a prefix."""
         return bool(self.main.prefix)
 
-    def main_holds(self, keys: Mapping[str, int | None]) -> bool:
-        """Whether the main network has all these keys. keys: as in Preset.detect."""
-        return _present(keys, self._tensors, self.main.prefix)
+    def holds(self, component: Component, keys: Mapping[str, int | None]) -> bool:
+        """Whether a network has all these keys. keys: as in Preset.detect."""
+        return _present(keys, self._tensors, component.prefix)
 
-    @cached_property
-    def main_has_biases(self) -> bool:
-        """Whether the main network has a tensor that is called `bias`."""
-        return any(key.endswith(".bias") and key.startswith(self.main.prefix) for key in self._tensors)
+    def has_biases(self, component: Component) -> bool:
+        """Whether a network has a tensor that is called `bias`."""
+        return any(key.endswith(".bias") and key.startswith(component.prefix) for key in self._tensors)
 
     def of(self, key: str) -> Component | None:
         """The component that a tensor belongs to. None: outside all networks, e.g. an optimizer's state."""

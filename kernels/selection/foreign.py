@@ -66,9 +66,10 @@ _FOREIGN = (
     ForeignFile(
         "a LoRA",
         "quantize the model that it belongs to (Stochastic FP8 Quantize applies LoRAs that are loaded before it)",
-        ("lora", "lokr", "loha", "hada", "lycoris", "oft", "dora", ".diff", ".set_weight"),
+        ("lora", "lokr", "loha", "hada", "lycoris", "oft", "dora", ".diff", ".set_weight", ".down", ".up", ".alpha"),
         re.compile(
-            r"(?:^|[._])(?:lora|lokr|loha|hada|lycoris|oft|boft|glora|dora)\d*[._]|\.(?:diff|diff_b|set_weight)$"
+            r"(?:^|[._])(?:lora|lokr|loha|hada|lycoris|oft|boft|glora|dora)\d*[._]|\.(?:diff|diff_b|set_weight)$|"
+            r"\.(?:down|up)(?:\.weight)?$|\.alpha$"
         ),
         0.5,
     ),

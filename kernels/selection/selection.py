@@ -41,6 +41,7 @@ PRESET_LAYERS = {
     "auto": "the preset of the model's family, found by its keys",
     "all_linear": "every Linear layer that FP8 can hold",
     **{family: f"the preset of {PRESETS[family].title}" for family in FAMILIES},
+    "unknown": "a guess by the names of the layers",
 }
 """The choices of layers that need only names and shapes."""
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..numerics.formats import FORMATS
-from ..selection.components import Components
+from ..selection.components import Component, Components
 from ..selection.presets import DIFFUSION, TEXT_ENCODER
 
 EXACT, DEGRADED, CANNOT_TELL, WRONG = "exact", "degraded", "cannot tell", "wrong image"
@@ -33,7 +33,7 @@ NEWER, MISTAKEN, HEADER_ENCODER = "newer model", "mistaken model", "encoder read
 ALL_RENAMED = "all layers renamed"
 """Models of ALL_RENAMED_MODELS."""
 NO_BIASES = "no biases"
-"""Not Components.main_has_biases."""
+"""Not Components.has_biases."""
 
 _NORM = "model.layers.0.post_attention_layernorm.weight"
 _ALL: tuple[dict[str, int | None], ...] = ({},)
@@ -229,14 +229,35 @@ def layout_verdicts(layout: str, formats: Collection[str], components: Component
 
 
 def file_verdicts(ways: Collection[str], formats: Collection[str], components: Components) -> tuple[Verdict, ...]:
-    """verdicts() for a file that holds these networks."""
-    main = components.main
-    names = [UNDETECTED] * bool(components.undetected_prefix) + [RENAMED] * bool(components.renamed)
+    """verdicts() for a file that holds these networks: of each version the worst, that of the main network first."""
+    of_main = [UNDETECTED] * bool(components.undetected_prefix) + [RENAMED] * bool(components.renamed)
+    found = _network_verdicts(ways, formats, components, components.main, of_main)
+    for encoder in components.others:
+        if encoder.preset.kind == TEXT_ENCODER:
+            others = _network_verdicts(ways, formats, components, encoder)
+            found = tuple(worst(one, [_in(encoder, other)]) for one, other in zip(found, others, strict=True))
+    return found
+
+
+def _network_verdicts(
+    ways: Collection[str],
+    formats: Collection[str],
+    components: Components,
+    network: Component,
+    names: Collection[str] = (),
+) -> tuple[Verdict, ...]:
+    """names: traits of this network that do not follow from its keys."""
+    traits = [*names]
     for trait, models in _MODELS.items():
-        if any(components.main_holds(keys) for keys in models.get(main.family, ())):
-            names.append(trait)
-    names += [NO_BIASES] * (not components.main_has_biases)
-    return verdicts(ways, formats, main.family, main.preset.kind, components.all_in_one, names)
+        if any(components.holds(network, keys) for keys in models.get(network.family, ())):
+            traits.append(trait)
+    traits += [NO_BIASES] * (not components.has_biases(network))
+    return verdicts(ways, formats, network.family, network.preset.kind, components.all_in_one, traits)
+
+
+def _in(network: Component, verdict: Verdict) -> Verdict:
+    """A verdict on one network among others."""
+    return replace(verdict, text=f"{network.prefix.rstrip('.')}: {verdict.text}") if verdict.text else verdict
 
 
 _MODELS = {
@@ -259,9 +280,18 @@ def is_new(version: str) -> bool:
 
 def verdict_of(version: str, every: Iterable[Verdict]) -> Verdict:
     """The one among the verdicts of all versions that holds for a running ComfyUI."""
+    return next(verdict for verdict in every if verdict.generation == _generation(version))
+
+
+def is_elsewhere(version: str, note: str) -> bool:
+    """Whether a note of a report is a verdict of another version than a running ComfyUI."""
+    return any(note.startswith(f"{column}: ") for column in VERSIONS if column != _generation(version))
+
+
+def _generation(version: str) -> str:
+    """The column of VERSIONS for a running ComfyUI."""
     old, new = VERSIONS
-    column = new if is_new(version) else old
-    return next(verdict for verdict in every if verdict.generation == column)
+    return new if is_new(version) else old
 
 
 def check_usable(

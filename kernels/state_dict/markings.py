@@ -120,7 +120,7 @@ def read_markings(source: Source) -> Markings:
             markings.header |= _read_header_entry(metadata[HEADER_ENTRY], markings.faults)
         except TooLargeError as error:
             raise limit_error(
-                source.path, f"has a {HEADER_ENTRY} beyond the limits: {error}; start from the 16-bit file"
+                source.path, f"has a {HEADER_ENTRY} beyond the limits: {error}", "start from the 16-bit file"
             ) from error
     return markings
 
@@ -226,7 +226,8 @@ def _read_inline(source: Source, names: Mapping[str, str], faults: dict[str, str
     if size > MAX_ALL_INLINE:
         raise limit_error(
             source.path,
-            f"has {size:,} bytes of inline entries; at most {MAX_ALL_INLINE:,} are read: start from the 16-bit file",
+            f"has {size:,} bytes of inline entries; at most {MAX_ALL_INLINE:,} are read",
+            "start from the 16-bit file",
         )
     entries: dict[str, object] = {}
     last, entry = b"", None  # most layers have the same entry: one object for all of them
@@ -241,7 +242,8 @@ def _read_inline(source: Source, names: Mapping[str, str], faults: dict[str, str
         if values > MAX_VALUES:
             raise limit_error(
                 source.path,
-                f"has inline entries of more than {MAX_VALUES:,} values together; start from the 16-bit file",
+                f"has inline entries of more than {MAX_VALUES:,} values together",
+                "start from the 16-bit file",
             )
         if not entry or text != last:
             last, entry = text, _parse_json(text, name, faults)

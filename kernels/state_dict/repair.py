@@ -17,7 +17,8 @@ from ..numerics.quantized_tensor import dequantize_tensor
 from ..selection.components import Components
 from ..selection.presets import NEVER_QUANTIZED
 from ..selection.selection import QUANTIZABLE_DTYPES
-from .inspection import ERROR, Inspection, inspect_source
+from .findings import ERROR, Inspection
+from .inspection import inspect_source
 from .layouts import FULL_PRECISION, HEADER_ENTRY, ScaledLayer
 from .markings import Markings, read_markings, read_scale, scaled_layers
 from .scaled_state_dict import FileEntry, ScaledStateDict, ScaledWeight, TensorEntry

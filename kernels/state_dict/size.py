@@ -11,6 +11,8 @@ from .scaled_state_dict import PendingWeight, ScaledStateDict, ScaledWeight
 
 METADATA_BYTES = 1_000_000
 """Set aside for the recipe, the workflow, and whatever else is added to the metadata when the file is written."""
+RECIPE_BYTES = METADATA_BYTES // 2
+"""The part of it that stays free for the recipe."""
 
 HEADER_ENTRY_BYTES = 104
 """The most that a tensor's entry in the header has, without its name and its dimensions."""
@@ -39,6 +41,11 @@ def state_dict_bytes(state: ScaledStateDict) -> int:
 def metadata_bytes(metadata: Mapping[str, str]) -> int:
     """Entries of the metadata."""
     return sum(_json_bytes(name) + _json_bytes(text) + 2 for name, text in metadata.items())
+
+
+def bytes_beyond_reserve(metadata: Mapping[str, str]) -> int:
+    """What these entries take beyond METADATA_BYTES, of which RECIPE_BYTES stay free."""
+    return max(0, metadata_bytes(metadata) - (METADATA_BYTES - RECIPE_BYTES))
 
 
 def _marking_bytes(weight: PendingWeight | ScaledWeight, layout: Layout) -> int:

@@ -18,7 +18,8 @@ from ..files.writer import Writer, writing
 from ..numerics.quantized_tensor import QuantizedTensor
 from ..numerics.transfers import copy
 from ..progress import Meter, ProgressCallback
-from .inspection import ERROR, Finding, Inspection, inspect_source
+from .findings import ERROR, Finding, Inspection
+from .inspection import inspect_source
 from .layouts import LAYOUTS, Layout
 from .scaled_state_dict import Entry, ScaledStateDict
 

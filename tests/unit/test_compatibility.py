@@ -14,7 +14,7 @@ from stochastic_fp8_pack.kernels.files.bounded_json import MAX_VALUES
 from stochastic_fp8_pack.kernels.files.header import MAX_ENTRY, MAX_HEADER, MAX_NAME, MAX_TENSORS, TensorInfo
 from stochastic_fp8_pack.kernels.selection.components import Components
 from stochastic_fp8_pack.kernels.selection.presets import DIFFUSION, NEVER_QUANTIZED, PRESETS, TEXT_ENCODER
-from stochastic_fp8_pack.kernels.state_dict import compatibility, inspection, layouts
+from stochastic_fp8_pack.kernels.state_dict import compatibility, findings, layouts
 from stochastic_fp8_pack.kernels.state_dict.compatibility import MISTAKEN, NEWER, RENAMED, UNDETECTED, WAYS, verdicts
 from stochastic_fp8_pack.kernels.state_dict.markings import MAX_ALL_INLINE, MAX_INLINE
 
@@ -184,9 +184,10 @@ def test_the_page_shows_the_table():
 
 
 def test_the_page_lists_every_finding_of_the_verifier():
-    """Code, severity and whether repair helps, read off the calls of Finding in inspection.py."""
+    """Code, severity and whether repair helps, read off the calls of Finding in state_dict/."""
     severities, repairable = {}, {}
-    for node in ast.walk(ast.parse((PACK_ROOT / "kernels" / "state_dict" / "inspection.py").read_text())):
+    modules = (PACK_ROOT / "kernels" / "state_dict").glob("*.py")
+    for node in [node for module in modules for node in ast.walk(ast.parse(module.read_text()))]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding":
             code = node.args[1].value
             names = {name.id for name in ast.walk(node.args[0]) if isinstance(name, ast.Name)}
@@ -195,7 +196,7 @@ def test_the_page_lists_every_finding_of_the_verifier():
     answers = {(True,): "yes", (False,): "no", (False, True): "if …"}
     found = {
         code: (
-            " or ".join(getattr(inspection, name) for name in ("ERROR", "WARNING", "NOTE") if name in severities[code]),
+            " or ".join(getattr(findings, name) for name in ("ERROR", "WARNING", "NOTE") if name in severities[code]),
             answers[tuple(sorted(repairable[code]))],
         )
         for code in severities
@@ -242,6 +243,9 @@ def test_the_page_names_what_the_code_uses(text):
 def test_the_verdict_of_a_running_version(version, column):
     every = verdicts(["legacy"], ["float8_e4m3fn"], "sd3", DIFFUSION, False)
     assert compatibility.verdict_of(version, every).generation == column
+    elsewhere = [verdict for verdict in every if compatibility.is_elsewhere(version, str(verdict))]
+    assert [verdict.generation == column for verdict in elsewhere] == [False] * (len(every) - 1)
+    assert not compatibility.is_elsewhere(version, "'adaLN_modulation' keeps 28.4 % of the parameters")
 
 
 def sd3(prefix=""):

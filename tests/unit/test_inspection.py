@@ -241,7 +241,8 @@ def test_a_missing_file_of_a_set_is_a_finding(tmp_path):
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a.weight": "m-00001-of-00002.safetensors"}}))
     (finding,) = inspect_file(path).findings
-    assert finding.what.startswith("m-00001-of-00002.safetensors: cannot be opened")
+    assert str(finding).startswith("error: m-00001-of-00002.safetensors: cannot be opened: ")
+    assert str(finding).endswith(". Check that the file is complete and can be read.")
 
 
 @pytest.mark.parametrize("name", ["a\0.safetensors", "a\ud800.safetensors"])
@@ -271,6 +272,8 @@ FOREIGN = {
     "LoRA ": linear("transformer.blocks.0.q.lora_A.weight", "transformer.blocks.0.q.lora_B.weight"),
     "LoRA  ": linear("blocks.0.q.lokr_w1", "blocks.0.q.lokr_w2_a", "blocks.0.q.alpha"),
     "LoRA   ": linear("unet.blocks.0.q.hada_w1_a", "unet.blocks.0.q.hada_w1_b"),
+    "LoRA    ": linear("blocks.0.q.down.weight", "blocks.0.q.up.weight", "blocks.0.q.alpha"),
+    "LoRA     ": linear("unet_blocks_0_q.down", "unet_blocks_0_q.up"),
     "IP-Adapter": linear("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"),
     "ControlNet": linear("control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"),
     "ControlNet ": linear(
@@ -395,6 +398,44 @@ def test_files_of_other_quantizers(tmp_path, names, program):
     assert "other_format" in [finding.code for finding in inspection.findings]
     with pytest.raises(CheckpointError, match=f"already quantized by {program}.*; start from the 16-bit file"):
         plan_file(tmp_path / "a.safetensors")
+
+
+def test_the_verdict_looks_at_every_network(tmp_path):
+    """The diffusion model is read by both versions; 0.3.75 does not know the text encoder beside it."""
+    encoder = checkpoints.weights(
+        "text_encoders.qwen3.transformer.model.language_model.layers.0.input_layernorm.weight", shape=(16,)
+    )
+    encoder |= checkpoints.weights("text_encoders.qwen3.transformer.model.language_model.layers.0.mlp.up_proj.weight")
+    tensors = checkpoints.sd3("model.diffusion_model.")
+    Checkpoint(tmp_path, tensors, layout="legacy")
+    assert [each.outcome for each in inspect_file(tmp_path / "made.safetensors").verdicts] == ["degraded", "exact"]
+    Checkpoint(tmp_path, tensors | encoder, layout="legacy", overwrite=True)
+    inspection = inspect_file(tmp_path / "made.safetensors")
+    assert [each.outcome for each in inspection.verdicts] == ["not recognised", "exact"]
+    assert inspection.verdicts[0].text == "text_encoders.qwen3.transformer: this version does not know the model"
+    assert str(inspection.verdicts[0]) in plan_file(tmp_path / "source.safetensors", layout="legacy").notes
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "outcome"),
+    [
+        ("first_stage_model.decoder.mid.attn", "quantized_untouchable", "wrong image"),
+        (
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+            "quantized_untouchable",
+            "wrong image",
+        ),
+        ("somewhere.else", "outside_networks", "cannot tell"),
+    ],
+)
+def test_scaled_layers_beside_the_diffusion_model(tmp_path, name, code, outcome):
+    made = Checkpoint(tmp_path, checkpoints.all_in_one())
+    made.tensors[f"{name}.weight"] = torch.ones(32, 16).to(E4M3)
+    made.tensors[f"{name}.weight_scale"] = torch.tensor(0.5)
+    made.tensors[f"{name}.comfy_quant"] = entry({"format": "float8_e4m3fn"})
+    made.header = made.header | {name: {"format": "float8_e4m3fn"}}
+    assert code in made.codes()
+    assert outcomes(made)[1] == outcome
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "module.", "diffusion_model.", "pipe.dit_model."])
@@ -735,6 +776,15 @@ def test_a_scale_that_comfyui_does_not_read(native):
 def test_two_scales(native):
     native.tensors[f"{QKV}.scale_weight"] = torch.tensor(1.0)
     assert_not_repairable(native, "two_scales")
+
+
+def test_a_second_scale_of_an_unknown_kind(native, tmp_path):
+    """As NVFP4 has: which values are meant is not known."""
+    native.tensors[f"{QKV}.weight_scale_2"] = torch.tensor(0.5)
+    assert native.codes() == {"second_scale": "warning"}
+    assert outcomes(native) == ["cannot tell", "cannot tell"]
+    with pytest.raises(CheckpointError, match=f"'{QKV}.weight_scale_2' beside it looks like a scale"):
+        quantize_file(native.save(), tmp_path / "again.safetensors", requantize=True)
 
 
 def test_a_scale_of_an_unknown_kind(native):

@@ -8,7 +8,7 @@ from matplotlib.text import Text
 from reports import report_on
 from stochastic_fp8_pack.kernels.figures import inspection_sheet, layer_report, to_image
 from stochastic_fp8_pack.kernels.state_dict.compatibility import Verdict
-from stochastic_fp8_pack.kernels.state_dict.inspection import Finding, Inspection
+from stochastic_fp8_pack.kernels.state_dict.findings import Finding, Inspection
 
 VERDICTS = (
     Verdict("ComfyUI 0.3.75", "wrong image", "inline entries are not read"),
