@@ -1,5 +1,6 @@
 """Loads the pack as ComfyUI does, as a package with a made-up name, and offers a running ComfyUI."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -37,29 +38,46 @@ if PACK_NAME not in sys.modules:
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory):
     """A running ComfyUI with the pack and the test-only nodes. Each test process starts its own on first use."""
+    yield from serve(tmp_path_factory.mktemp("comfyui"))
+
+
+def serve(base, **options):
+    """A running ComfyUI for a fixture. The end of its log is added to the reports of failed tests."""
     from comfyui.server import ComfyUIServer
 
-    with ComfyUIServer(tmp_path_factory.mktemp("comfyui")) as server:
+    with ComfyUIServer(base, **options) as server:
         _servers.append(server)
         yield server
         _servers.remove(server)
 
 
 def pytest_collection_modifyitems(items):
-    """Mark tests by folder, keep those of one file in one process (for its server), and skip POSIX tests on Windows."""
+    """Mark tests by folder, keep those that share a server in one process, and skip POSIX tests on Windows."""
     for item in items:
         if os.name == "nt" and item.get_closest_marker("posix"):
             item.add_marker(pytest.mark.skip(reason="needs signals, pipes or limits of POSIX"))
         folder = item.path.parent.name
         if folder in ("comfyui", "browser"):
             item.add_marker(getattr(pytest.mark, folder))
-            item.add_marker(pytest.mark.xdist_group(f"{folder}-{item.path.stem}"))
+            item.add_marker(pytest.mark.xdist_group(f"{folder}-{_shared_part(item)}"))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the modules and the tests, which stay to the end."""
+    gc.freeze()
+
+
+def _shared_part(item):
+    """Tests with an equal one run in one process. Those of the page share a browser and the server of a front end."""
+    if "workspace" not in item.fixturenames:
+        return item.path.stem
+    return item.callspec.params.get("frontend", "bundled") if hasattr(item, "callspec") else "bundled"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Add the end of ComfyUI's log to the report of a failed test."""
     report = yield
-    if report.failed and "comfyui" in getattr(item, "fixturenames", ()):
+    if report.failed and item.path.parent.name in ("comfyui", "browser"):
         report.sections += [("ComfyUI log", server.log()[-6000:]) for server in _servers]
     return report

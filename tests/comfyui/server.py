@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ STOP_SECONDS = 10
 LISTED_AFTER_SECONDS = 0.6
 """ComfyUI lists a new file after half a second at the latest; a fast test is sooner."""
 
+_TEXT_MESSAGE = 3
 _FINAL_EVENTS = {"execution_success", "execution_error", "execution_interrupted"}
 _NOWHERE = f"http://{HOST}:9"  # a proxy that refuses every connection
 
@@ -263,8 +265,8 @@ class ComfyUIServer:
     def queue(self, prompt, *, timeout=120, on_event=None, workflow=None):
         """Run a prompt (API format) to its end and return its history entry.
 
-        ``on_event(type, data)`` sees every websocket message of the run ("progress", "executing", …) and may call
-        ``interrupt``. ``workflow``: the UI-format graph, for save nodes to embed.
+        ``on_event(type, data)`` sees every websocket message of the run ("progress", "progress_text", "executing", …)
+        and may call ``interrupt``. ``workflow``: the UI-format graph, for save nodes to embed.
 
         Raises: PromptRejected, ExecutionError, ExecutionInterrupted, ServerError.
         """
@@ -294,13 +296,14 @@ class ComfyUIServer:
         return entry
 
     def _submit(self, request):
-        try:
-            return self._accepted(request)
-        except PromptRejected as rejected:
-            if "value_not_in_list" not in str(rejected):
-                raise
-        time.sleep(LISTED_AFTER_SECONDS)
-        return self._accepted(request)
+        deadline = time.monotonic() + LISTED_AFTER_SECONDS
+        while True:
+            try:
+                return self._accepted(request)
+            except PromptRejected as rejected:
+                if "value_not_in_list" not in str(rejected) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
 
     def _accepted(self, request):
         try:
@@ -315,7 +318,10 @@ class ComfyUIServer:
     async def _follow(self, websocket, prompt_id, on_event):
         async for message in websocket:
             if message.type is not aiohttp.WSMsgType.TEXT:
-                continue  # binary messages are previews
+                text = _progress_text(message.data) if message.type is aiohttp.WSMsgType.BINARY else None
+                if text and on_event is not None:
+                    on_event("progress_text", text)
+                continue  # other binary messages are previews
             event = json.loads(message.data)
             kind, data = event["type"], event.get("data") or {}
             if data.get("prompt_id", prompt_id) != prompt_id:
@@ -331,6 +337,14 @@ class ComfyUIServer:
         while not (history := self.get(f"/history/{prompt_id}")):
             await asyncio.sleep(0.01)
         return history[prompt_id]
+
+
+def _progress_text(message):
+    """The node and the text of a binary message that shows text on a node; None for any other message."""
+    kind, length = struct.unpack_from(">II", message)
+    if kind != _TEXT_MESSAGE:
+        return None
+    return {"node": message[8 : 8 + length].decode(), "text": message[8 + length :].decode()}
 
 
 def _free_port():

@@ -34,7 +34,10 @@ VARIABLES = {
     **{f"LC_ALL={name}": {"LC_ALL": name} for name in ("C", "POSIX", "C.UTF-8", "de_DE.UTF-8", "tr_TR.UTF-8", "none")},
     **{f"TZ={name}": {"TZ": name} for name in ("UTC", "Asia/Kathmandu", "America/St_Johns", "none")},
     **{f"PYTHONHASHSEED={number}": {"PYTHONHASHSEED": number} for number in ("0", "1", "4294967295")},
-    **{f"OMP_NUM_THREADS={number}": {"OMP_NUM_THREADS": number} for number in ("1", "2", "3", "8")},
+    **{  # passive: more threads than cores would spin while they wait
+        f"OMP_NUM_THREADS={number}": {"OMP_NUM_THREADS": number, "OMP_WAIT_POLICY": "passive"}
+        for number in ("1", "2", "3", "8")
+    },
     **{f"PYTHONUTF8={number}": {"PYTHONUTF8": number} for number in ("0", "1")},
     **{f"PYTHONIOENCODING={name}": {"PYTHONIOENCODING": name} for name in ("ascii", "latin-1", "utf-16")},
     "PYTHONOPTIMIZE": {"PYTHONOPTIMIZE": "2"},

@@ -39,7 +39,7 @@ def save_job(file, prefix):
 
 JOBS = {
     "Save": lambda: save_job("large.safetensors", "saved"),
-    "Quantize File": lambda: file_job("large.safetensors", "quantized", overwrite=True),
+    "Convert File to FP8": lambda: file_job("large.safetensors", "quantized", overwrite=True),
 }
 KILLS = [("Save", "SIGKILL", 1)]
 KILLS = amount(KILLS, [(job, name, 2) for job in JOBS for name in ("SIGKILL", "SIGTERM", "SIGINT")])

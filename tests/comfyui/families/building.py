@@ -1,13 +1,16 @@
 """Builds a family's network with ComfyUI's own class, and the tensors of its files. Runs inside ComfyUI's process."""
 
 import json
+import pkgutil
 import re
 import struct
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from math import prod
+from unittest.mock import patch
 
 import comfy.model_detection
+import comfy.model_sampling
 import comfy.ops
 import comfy.supported_models
 import tiny_models
@@ -99,7 +102,8 @@ def _detect_small(state_dict, unet_key_prefix, *arguments, **keywords):
     if not _small_family:
         return _detect(state_dict, unet_key_prefix, *arguments, **keywords)
     family, real = _small_family[0]
-    shown = {key: real.get(key.removeprefix(unet_key_prefix), tensor) for key, tensor in state_dict.items()}
+    shown = {unet_key_prefix + key: real[key] for key in real if family.deeper and family.deeper in key}
+    shown |= {key: real.get(key.removeprefix(unet_key_prefix), tensor) for key, tensor in state_dict.items()}
     config = _detect(shown, unet_key_prefix, *arguments, **keywords)
     if config is not None:
         config.unet_config.update(family.small)
@@ -109,14 +113,40 @@ def _detect_small(state_dict, unet_key_prefix, *arguments, **keywords):
 comfy.model_detection.model_config_from_unet = _detect_small
 
 
+_sigma = comfy.model_sampling.StableCascadeSampling.sigma
+_sigmas = {}
+
+
+def _known_sigma(self, timestep):
+    """Each Stable Cascade makes a table of 10,000 noise levels one by one, the same in every model."""
+    if torch.is_tensor(timestep):
+        return _sigma(self, timestep)
+    key = timestep, self.shift
+    if key not in _sigmas:
+        _sigmas[key] = _sigma(self, timestep)
+    return _sigmas[key]
+
+
+comfy.model_sampling.StableCascadeSampling.sigma = _known_sigma
+
+
 @contextmanager
 def made_small(name):
     """While this lasts, ComfyUI takes small files of a family for real ones."""
-    _small_family[:] = [(FAMILIES[name], real_tensors(name)[0])]
-    try:
-        yield FAMILIES[name]
-    finally:
-        _small_family.clear()
+    family = FAMILIES[name]
+    _small_family[:] = [(family, real_tensors(name)[0])]
+    with ExitStack() as parts:
+        for path, sizes in family.fixed.items():
+            parts.enter_context(patch(path, _resized(pkgutil.resolve_name(path), sizes)))
+        try:
+            yield family
+        finally:
+            _small_family.clear()
+
+
+def _resized(part, sizes):
+    """Makes a part with other arguments than it is asked for."""
+    return lambda *arguments, **keywords: part(*arguments, **(keywords | sizes))
 
 
 def write_sparse(path, tensors, prefix="", metadata=None):

@@ -35,14 +35,37 @@ class Family:
     """Where the network of real size is built; its memory is never touched."""
     bare: bool = False
     """Run the network itself, not ComfyUI's BaseModel around it, which takes another form of inputs."""
-    variant: bool = False
-    """The network of another row in another class: E5M2 and layout legacy are left to that row."""
+    fixed: Mapping = field(default_factory=dict)
+    """Class of a part whose sizes are no settings -> the arguments that make it small."""
+    deeper: str = ""
+    """Part of the names of blocks that the small network leaves out, though ComfyUI's detection counts them."""
     since: tuple = (0,)
     """The first version, of those tested, that loads this kind of file."""
     cut: bool = False
     """Whether the loader renames or cuts tensors beyond recognition: saved names then differ from published ones."""
     dropped: tuple = ()
     """Tensors that the loader drops: a file saved from the graph lacks them."""
+
+
+_NETWORKS = ("image_model", "audio_model", "stable_cascade_stage", "use_temporal_resblock")
+"""Settings of which each network has one; the last is that of the UNets."""
+
+
+def variants(families):
+    """Names of rows with the network and the prefix of an earlier row. They differ in what ComfyUI detects them by."""
+
+    def kind(family):
+        network = tuple(family.real.get(key) for key in _NETWORKS)
+        known = network.count(None) < len(network) and not family.cut
+        return network if known else family.comfy_class, family.prefix
+
+    return repeated({name: kind(family) for name, family in families.items()})
+
+
+def repeated(kinds):
+    """kinds: name -> kind. The names whose kind an earlier name has."""
+    first = {}
+    return {name for name, kind in kinds.items() if first.setdefault(kind, name) != name}
 
 
 def random(*shape, seed=0):

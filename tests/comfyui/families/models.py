@@ -16,12 +16,13 @@ class Model(Example):
     folder = "diffusion_models"
     tolerance = 1e-5
 
-    def __init__(self, name):
+    def __init__(self, name, short=False):
+        """short: layout native only."""
         self.name = name
         self.family = FAMILIES[name]
         self.prefix, self.cut = self.family.prefix, self.family.cut
         self.dropped, self.metadata = self.family.dropped, self.family.metadata
-        self.layouts = ("native",) if self.family.variant else LAYOUTS
+        self.layouts = ("native",) if short else LAYOUTS
 
     def tensors(self):
         return building.small_tensors(self.family)

@@ -54,12 +54,12 @@ def absent(family):
     return building.absent(FAMILIES[family])
 
 
-def model(family, format):
-    """What is wrong with a row."""
+def model(family, format, short):
+    """What is wrong with a row. short: in layout native only."""
     from comfyui.families import building, examples, models
 
     with building.made_small(family):
-        return examples.examine(models.Model(family), format)
+        return examples.examine(models.Model(family, short), format)
 
 
 def plan(family):

@@ -1,5 +1,6 @@
 """Nodes that exist for the tests only: made-up inputs, and exact copies of what flows through a graph."""
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from .text_encoders import recognise_tiny_t5xxl, shrink_text_encoders
 
 shrink_text_encoders()
 recognise_tiny_t5xxl()
+gc.freeze()  # or every collection, of which each prompt has several, would go through all modules of ComfyUI
 
 
 class RandomConditioning:

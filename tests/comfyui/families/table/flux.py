@@ -37,6 +37,7 @@ RADIANCE = CHROMA | (
     | {"use_sequential_txt_ids": False}
 )
 SMALL_CHROMA = SMALL | {"out_dim": 128, "hidden_dim": 64, "n_layers": 2}
+SMALL_RADIANCE = SMALL_CHROMA | {"nerf_hidden_size": 16}
 
 
 def norms_as_scale(name):
@@ -98,8 +99,8 @@ FAMILIES = {
     "flux2_klein_4b": Family("Flux2", KLEIN | KLEIN_4B, SMALL, flux_inputs, norms_as_scale),
     "flux2_klein_9b": Family("Flux2", KLEIN | KLEIN_9B, SMALL, flux_inputs, norms_as_scale),
     "chroma": Family("Chroma", CHROMA, SMALL_CHROMA, chroma_inputs, chroma_names),
-    "chroma_radiance": Family("ChromaRadiance", RADIANCE, SMALL_CHROMA, radiance_inputs, chroma_names),
+    "chroma_radiance": Family("ChromaRadiance", RADIANCE, SMALL_RADIANCE, radiance_inputs, chroma_names),
     "chroma_radiance_x0": Family(
-        "ChromaRadiance", RADIANCE | {"use_x0": True}, SMALL_CHROMA, radiance_inputs, chroma_names
+        "ChromaRadiance", RADIANCE | {"use_x0": True}, SMALL_RADIANCE, radiance_inputs, chroma_names
     ),
 }

@@ -13,7 +13,7 @@ LTXV_13B = (
 LTX2 = LTXV | {"image_model": "ltxav", "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
 LTX23 = {"apply_gated_attention": True, "caption_proj_before_connector": True, "cross_attention_adaln": True}
 
-SMALL_2B = {"num_layers": 6, "attention_head_dim": 16, "cross_attention_dim": 512}
+SMALL_2B = {"num_layers": 6, "attention_head_dim": 8, "cross_attention_dim": 256}
 SMALL_13B = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256} | {
     "caption_channels": 64,
     "causal_temporal_positioning": True,

@@ -80,6 +80,7 @@ FAMILIES = {
             speaker_embeds=random(1, 512),
             lyrics_strength=1.0,
         ),
+        fixed={"comfy.ldm.ace.model.LyricEncoder": {"num_blocks": 1, "linear_units": 128}},
     ),
     "ace_step_15": Family(
         "ACEStep15",

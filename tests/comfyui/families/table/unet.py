@@ -47,6 +47,7 @@ SVD = (
 )
 
 SMALL = {"model_channels": 32, "context_dim": 64}
+DEEPER = "transformer_blocks."
 SMALL_SD15 = SMALL | {"num_heads": 4}
 SMALL_SD21 = SMALL | {"num_head_channels": 32}
 SMALL_SDXL = SMALL_SD21 | {"adm_in_channels": 128}
@@ -93,8 +94,15 @@ def sd21(comfy_class, changes=None, small=SMALL_SD21, **more):
     return Family(comfy_class, SD21 | (changes or {}), small, inputs, **more)
 
 
-def sdxl(comfy_class, changes=None, **more):
-    return Family(comfy_class, SDXL | (changes or {}), SMALL_SDXL, inputs, **more)
+def shallow(real):
+    """At most one attention block after each residual block."""
+    encoder, decoder = ([min(1, depth) for depth in real[f"transformer_depth{end}"]] for end in ("", "_output"))
+    return SMALL_SDXL | depths(encoder, min(1, real["transformer_depth_middle"]), decoder)
+
+
+def sdxl(comfy_class, changes=None, real=SDXL):
+    real = real | (changes or {})
+    return Family(comfy_class, real, shallow(real), inputs, deeper=DEEPER)
 
 
 def video(comfy_class, vector, **more):
@@ -104,23 +112,23 @@ def video(comfy_class, vector, **more):
 FAMILIES = {
     "sd15": sd15("SD15"),
     "sd15_all_in_one": sd15("SD15", prefix="model.diffusion_model."),
-    "sd15_inpaint": sd15("SD15", {"in_channels": 9}, variant=True),
-    "sd15_instructpix2pix": sd15("SD15_instructpix2pix", {"in_channels": 8}, variant=True),
+    "sd15_inpaint": sd15("SD15", {"in_channels": 9}),
+    "sd15_instructpix2pix": sd15("SD15_instructpix2pix", {"in_channels": 8}),
     "stable_zero123": sd15("Stable_Zero123", {"in_channels": 8}, beside=PROJECTION),
     "sd21": sd21("SD20"),
-    "sd21_unclip_l": sd21("SD21UnclipL", LABELLED | {"adm_in_channels": 1536}, SMALL_SDXL, variant=True),
-    "sd21_unclip_h": sd21("SD21UnclipH", LABELLED | {"adm_in_channels": 2048}, SMALL_SDXL, variant=True),
-    "lotus_d": sd21("LotusD", LABELLED | {"adm_in_channels": 4}, variant=True),
+    "sd21_unclip_l": sd21("SD21UnclipL", LABELLED | {"adm_in_channels": 1536}, SMALL_SDXL),
+    "sd21_unclip_h": sd21("SD21UnclipH", LABELLED | {"adm_in_channels": 2048}, SMALL_SDXL),
+    "lotus_d": sd21("LotusD", LABELLED | {"adm_in_channels": 4}),
     "sd_x4_upscaler": Family("SD_X4Upscaler", UPSCALER, SMALL_SD15, upscaler_inputs),
     "sdxl": sdxl("SDXL"),
-    "sdxl_inpaint": sdxl("SDXL", {"in_channels": 9}, variant=True),
-    "sdxl_instructpix2pix": sdxl("SDXL_instructpix2pix", {"in_channels": 8}, variant=True),
-    "sdxl_refiner": Family("SDXLRefiner", REFINER, SMALL_SDXL, inputs),
-    "ssd1b": sdxl("SSD1B", depths([0, 0, 2, 2, 4, 4], -1, [0, 0, 0, 1, 1, 2, 10, 4, 4]), variant=True),
-    "segmind_vega": sdxl("Segmind_Vega", depths([0, 0, 1, 1, 2, 2], -1, [0, 0, 0, 1, 1, 1, 2, 2, 2]), variant=True),
-    "koala_700m": sdxl("KOALA_700M", KOALA | depths([0, 2, 5], -2, [0, 0, 2, 2, 5, 5]), variant=True),
-    "koala_1b": sdxl("KOALA_1B", KOALA | depths([0, 2, 6], 6, [0, 0, 2, 2, 6, 6]), variant=True),
+    "sdxl_inpaint": sdxl("SDXL", {"in_channels": 9}),
+    "sdxl_instructpix2pix": sdxl("SDXL_instructpix2pix", {"in_channels": 8}),
+    "sdxl_refiner": sdxl("SDXLRefiner", real=REFINER),
+    "ssd1b": sdxl("SSD1B", depths([0, 0, 2, 2, 4, 4], -1, [0, 0, 0, 1, 1, 2, 10, 4, 4])),
+    "segmind_vega": sdxl("Segmind_Vega", depths([0, 0, 1, 1, 2, 2], -1, [0, 0, 0, 1, 1, 1, 2, 2, 2])),
+    "koala_700m": sdxl("KOALA_700M", KOALA | depths([0, 2, 5], -2, [0, 0, 2, 2, 5, 5])),
+    "koala_1b": sdxl("KOALA_1B", KOALA | depths([0, 2, 6], 6, [0, 0, 2, 2, 6, 6])),
     "svd": video("SVD_img2vid", 768),
-    "sv3d_u": video("SV3D_u", 256, variant=True),
-    "sv3d_p": video("SV3D_p", 1280, variant=True),
+    "sv3d_u": video("SV3D_u", 256),
+    "sv3d_p": video("SV3D_p", 1280),
 }

@@ -89,6 +89,7 @@ FAMILIES = {
         "WAN21_HuMo",
         {"model_type": "humo", "in_dim": 36},
         wan_inputs(20, audio_embed=random(1, 2, 8, 5, 1280, seed=8)),
+        fixed={"comfy.ldm.wan.model.AudioProjModel": {"intermediate_dim": 64}},
     ),
     "wan22_animate": wan(
         "WAN22_Animate",
