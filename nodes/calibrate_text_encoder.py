@@ -11,6 +11,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
 from ..kernels import Recipe, display
+from ..kernels.calibration.gptq import MANY_PROMPTS
 from ..kernels.calibration.moments import Calibration
 from ..kernels.engine.quantization import select
 from ..kernels.errors import CalibrationError
@@ -61,12 +62,12 @@ class StochasticFP8CalibrateTextEncoder(io.ComfyNode):
         return newer(
             io.Schema,
             node_id="StochasticFP8CalibrateTextEncoder",
-            display_name="FP8 Calibration (Text Encoder)",
+            display_name="Text Encoder Calibration",
             category=CATEGORY,
-            search_aliases=["calibrate", "gptq", "t5", "clip", "fp8"],
+            search_aliases=["calibrate t5", "calibrate clip", "fp8 calibration", "gptq"],
             description=(
                 "Encodes some prompts with your text encoder and records the inputs of its layers. Connect it to "
-                "Stochastic FP8 Quantize Text Encoder with rounding calibrated. It takes seconds. Use prompts like "
+                "Stochastic FP8 Text Encoder with rounding calibrated. It takes seconds. Use prompts like "
                 "those you will write."
             ),
             inputs=[
@@ -76,7 +77,7 @@ class StochasticFP8CalibrateTextEncoder(io.ComfyNode):
                     default=PROMPTS,
                     multiline=True,
                     tooltip="One prompt per line. Use prompts like those you will write, in subject, style and length; "
-                    "20 or more.",
+                    f"{MANY_PROMPTS} or more.",
                 ),
                 calibration_input("An earlier calibration to add to: of this text encoder, or of another one."),
             ],
@@ -84,8 +85,8 @@ class StochasticFP8CalibrateTextEncoder(io.ComfyNode):
                 FP8Calibration.Output(
                     id="FP8_CALIBRATION",
                     display_name="calibration",
-                    tooltip="The recorded layer inputs, by encoder. Connect it to Stochastic FP8 Quantize Text "
-                    "Encoder, or to Save FP8 Calibration.",
+                    tooltip="The recorded layer inputs, by encoder. Connect it to Stochastic FP8 Text "
+                    "Encoder, or to Save Calibration.",
                 ),
             ],
         )
@@ -103,7 +104,7 @@ class StochasticFP8CalibrateTextEncoder(io.ComfyNode):
                 throw_exception_if_processing_interrupted()
                 clip.encode_from_tokens(clip.tokenize(line))
                 bar.update(1)
-            recorded = recorder.result(f"{names}, {display.count(len(lines), 'prompt')}", stored)
+            recorded = recorder.result(f"{names}, {display.count(len(lines), 'prompt')}")
         log.info("calibration %s: inputs of %d layers recorded", recorded.source, len(recorded.layers))
         return io.NodeOutput(calibration.plus(recorded, stored) if calibration else recorded)
 
@@ -112,12 +113,12 @@ def prompt_lines(text: str) -> list[str]:
     """The prompts of a text box, one per line. Raises CalibrationError if there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise CalibrationError("prompts is empty: write at least one prompt, better 20, one per line")
+        raise CalibrationError(f"prompts is empty: write at least one prompt, better {MANY_PROMPTS}, one per line")
     return lines
 
 
 def quantizable_networks(clip) -> list[Network]:
-    """The encoders of a CLIP that Stochastic FP8 Quantize Text Encoder quantizes.
+    """The encoders of a CLIP that Stochastic FP8 Text Encoder quantizes.
 
     Raises CalibrationError if there is none: CLIP-L and CLIP-G are never quantized.
     """
@@ -146,7 +147,7 @@ def check_encoders(jobs: Sequence[NetworkJob], calibration: Calibration | None) 
         names = " and ".join(job.network.name for job in jobs)
         raise CalibrationError(
             f"the calibration ({calibration.source or 'without a name'}) has no inputs that fit {names}: record this "
-            "text encoder with FP8 Calibration (Text Encoder)"
+            "text encoder with Text Encoder Calibration"
         )
 
 

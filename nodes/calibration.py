@@ -18,6 +18,7 @@ import nodes as comfy_nodes
 
 from ..kernels import display
 from ..kernels.calibration.file import load_calibration, save_calibration
+from ..kernels.calibration.gptq import IMAGES
 from ..kernels.calibration.mapped import mapped_memory
 from ..kernels.calibration.recorder import ActivationRecorder
 from .devices import pinned
@@ -32,14 +33,14 @@ from .schema import CATEGORY, FP8Calibration, newer
 log = logging.getLogger("stochastic_fp8")
 
 FOLDER = "fp8_calibrations"
-"""The folder under output/, and under models/, that Load FP8 Calibration lists."""
+"""The folder under output/, and under models/, that Load Calibration lists."""
 
 DEFAULT_PREFIX = "calibration"
 
 SHARE_OF_ROOM = 0.8
 """Of the free memory on a GPU, for sums: the rest is for what the estimates do not know."""
 
-HOW_MANY = "Render at least 8 images in total, better 30; more gain little."
+HOW_MANY = f"Render {IMAGES} images in total, such as 8 runs of a batch of 4."
 
 MOST_ROWS = 4096
 """Positions of a large image, video or batch that are recorded per step and layer. Neighbours are alike, and further
@@ -47,7 +48,8 @@ steps add other positions."""
 
 
 def new_recorder(inference: int = 0) -> ActivationRecorder:
-    """A recorder that keeps sums on the GPU as far as ComfyUI has room, and pins those in main memory.
+    """A recorder that keeps sums on the GPU as far as ComfyUI has room, and pins those in main memory. Those that
+    cannot be pinned, and the result, lie in temporary files.
 
     inference: bytes on the GPU that the model needs beside its weights.
     """
@@ -57,7 +59,7 @@ def new_recorder(inference: int = 0) -> ActivationRecorder:
         free = comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
         return int(SHARE_OF_ROOM * max(0, free - 2 * inference))
 
-    return ActivationRecorder(most_rows=MOST_ROWS, room=room, pin=pinned)
+    return ActivationRecorder(most_rows=MOST_ROWS, room=room, pin=pinned, store=stored)
 
 
 def stored(count: int) -> torch.Tensor:
@@ -94,9 +96,9 @@ class StochasticFP8Calibrate(io.ComfyNode):
             node_id="StochasticFP8Calibrate",
             display_name="FP8 Calibration",
             category=CATEGORY,
-            search_aliases=["calibrate", "gptq", "activations", "fp8"],
+            search_aliases=["calibrate", "gptq", "activations"],
             description=(
-                "Renders a few images with your model and records the inputs of its layers. Connect it to a quantize "
+                "Renders images with your model and records the inputs of its layers. Connect it to a quantize "
                 "node with rounding calibrated: the error of the layers' outputs drops to about a third, at the same "
                 f"file size. Use prompts and settings like those you will render with. {HOW_MANY} For several prompts, "
                 "chain several of these nodes."
@@ -120,7 +122,7 @@ class StochasticFP8Calibrate(io.ComfyNode):
                     id="FP8_CALIBRATION",
                     display_name="calibration",
                     tooltip="The recorded layer inputs. Connect it to a quantize node, to another FP8 Calibration, or "
-                    "to Save FP8 Calibration.",
+                    "to Save Calibration.",
                 ),
                 io.Latent.Output(id="LATENT", display_name="latent", tooltip="The images of the last run, to look at."),
             ],
@@ -146,7 +148,7 @@ class StochasticFP8Calibrate(io.ComfyNode):
         inference = network.patcher.memory_required(list(latent_image["samples"].shape))
         source = f"{type(model.model).__name__}, {display.count(runs, 'run')} of {display.count(steps, 'step')}"
         with new_recorder(inference) as recorder:
-            with recording(network, recorder), one_bar(runs) as bar:
+            with recording(network, recorder), one_bar(runs, "run") as bar:
                 for run in range(runs):
                     bar.part = run
                     log.info("calibration: run %d of %d", run + 1, runs)
@@ -162,7 +164,7 @@ class StochasticFP8Calibrate(io.ComfyNode):
                         latent_image,
                         denoise=denoise,
                     )
-            recorded = recorder.result(source, stored)
+            recorded = recorder.result(source)
         log.info(
             "calibration %s: inputs of %d layers recorded (%s), %d Linear layers not used",
             source,
@@ -178,10 +180,12 @@ class StochasticFP8SaveCalibration(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return newer(
+            io.Schema,
             node_id="StochasticFP8SaveCalibration",
-            display_name="Save FP8 Calibration",
+            display_name="Save Calibration",
             category=CATEGORY,
+            search_aliases=["save fp8 calibration"],
             description=f"Saves a calibration to output/{FOLDER}, so that you can use it again.",
             inputs=[
                 FP8Calibration.Input("calibration", tooltip="What FP8 Calibration recorded."),
@@ -195,7 +199,7 @@ class StochasticFP8SaveCalibration(io.ComfyNode):
                 io.String.Output(
                     id="filename",
                     display_name="filename",
-                    tooltip="The name under which Load FP8 Calibration lists the file.",
+                    tooltip="The name under which Load Calibration lists the file.",
                 )
             ],
             is_output_node=True,
@@ -218,16 +222,18 @@ class StochasticFP8LoadCalibration(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return newer(
+            io.Schema,
             node_id="StochasticFP8LoadCalibration",
-            display_name="Load FP8 Calibration",
+            display_name="Load Calibration",
             category=CATEGORY,
+            search_aliases=["load fp8 calibration"],
             description=f"Loads a calibration from output/{FOLDER} or models/{FOLDER}.",
             inputs=[
                 io.Combo.Input(
                     "calibration_name",
                     options=list_calibrations(),
-                    tooltip="A file from Save FP8 Calibration, made with the model that will be quantized.",
+                    tooltip="A file from Save Calibration, made with the model that will be quantized.",
                 )
             ],
             outputs=[

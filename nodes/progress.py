@@ -1,7 +1,8 @@
-"""The progress bar and the live panel of a long job, which the user can cancel between two tensors."""
+"""The progress bar, the live panel and the time left of a long job, which the user can cancel between two tensors."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,12 +10,44 @@ from dataclasses import dataclass
 import comfy.utils
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 
-from ..kernels import ErrorStatistics
+from ..kernels import ErrorStatistics, display
 from .live import LiveJob
 
 STEPS = 1000
 """Steps of the progress bar. ComfyUI sends one message per step: these are enough for a smooth bar."""
+
+
+TEXT_INTERVAL = 0.5
+"""Least time between two texts on the node, in seconds."""
+
+
+class TimeLeft:
+    """What a job does, and the time left, as text on the running node."""
+
+    def __init__(self) -> None:
+        self._started = self._shown = time.monotonic()
+
+    def show(self, text: str, done: int, total: int) -> None:
+        """Show a text with the time left. The parts of the job, `done` of `total`, take about as long as each other."""
+        now = time.monotonic()
+        if done and now - self._shown >= TEXT_INTERVAL:
+            self._shown = now
+            left = (now - self._started) / done * max(total - done, 0)
+            _show_text(f"{text}\n{display.seconds(left)} left")
+
+    def finish(self, text: str) -> None:
+        """Show a last text: what was done, and how long it took."""
+        _show_text(f"{text} in {display.seconds(time.monotonic() - self._started)}")
+
+
+def _show_text(text: str) -> None:
+    """Show a text on the running node. Does nothing outside an execution."""
+    context = get_executing_context()
+    if context is not None and PromptServer.instance.client_id is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id, PromptServer.instance.client_id)
 
 
 class JobProgress:
@@ -51,19 +84,22 @@ class Parts:
 
 
 @contextmanager
-def one_bar(count: int) -> Iterator[Parts]:
-    """Show the bars that ComfyUI makes in this block as one, which each of `count` equal parts moves on.
+def one_bar(count: int, name: str) -> Iterator[Parts]:
+    """Show the bars that ComfyUI makes in this block as one, which each of `count` equal parts moves on, and the time
+    left.
 
-    Set `part` of the result when the next part starts.
+    name: what a part is, such as "run". Set `part` of the result when the next part starts.
     """
-    shown, parts = comfy.utils.PROGRESS_BAR_HOOK, Parts()
+    shown, parts, left = comfy.utils.PROGRESS_BAR_HOOK, Parts(), TimeLeft()
 
     def show(value, total, *further, **named):
         shown(parts.part * total + value, count * total, *further, **named)
+        left.show(f"{name} {parts.part + 1} of {count}", parts.part * total + value, count * total)
 
     if shown is not None:
         comfy.utils.set_progress_bar_global_hook(show)
     try:
         yield parts
+        left.finish(display.count(count, name))
     finally:
         comfy.utils.set_progress_bar_global_hook(shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,15 +12,11 @@ import comfy.sample
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 from ..kernels import display
 from .networks import ModelError, Network
 from .options import LARGEST_SEED
-
-TEXT_INTERVAL = 0.5
-"""Least time between two texts on the node, in seconds."""
+from .progress import TimeLeft
 
 Hook = Callable[[Any, tuple, dict[str, Any], Any], Any]
 """hook(module, arguments, keywords, output): a forward hook. What it returns, unless None, replaces the output."""
@@ -101,18 +96,14 @@ class RenderProgress:
     def __init__(self, total: int):
         """total: steps of all renders."""
         self.total, self.done, self.text = total, 0, ""
-        self._bar = ProgressBar(total)
-        self._started = self._shown = time.monotonic()
+        self._bar, self._left = ProgressBar(total), TimeLeft()
 
     def step(self) -> None:
         """One more step is done."""
         throw_exception_if_processing_interrupted()
         self.done += 1
         self._bar.update_absolute(min(self.done, self.total), self.total)
-        now = time.monotonic()
-        if now - self._shown >= TEXT_INTERVAL:
-            self._shown = now
-            _show_text(f"{self.text}\n{display.seconds(self._seconds_left(now))} left")
+        self._left.show(self.text, self.done, self.total)
 
     def skip(self, steps: int) -> None:
         """Take `steps` off the total: they are not needed."""
@@ -120,14 +111,4 @@ class RenderProgress:
 
     def finish(self, text: str) -> None:
         """Show a last text: what was done, and how long it took."""
-        _show_text(f"{text} in {display.seconds(time.monotonic() - self._started)}")
-
-    def _seconds_left(self, now: float) -> float:
-        return (now - self._started) / max(self.done, 1) * max(self.total - self.done, 0)
-
-
-def _show_text(text: str) -> None:
-    """Show a text on the running node. Does nothing outside an execution."""
-    context = get_executing_context()
-    if context is not None and PromptServer.instance.client_id is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id, PromptServer.instance.client_id)
+        self._left.finish(text)

@@ -1,4 +1,4 @@
-"""FP8 Sensitivity: how much each layer of a MODEL changes the picture when it is rounded."""
+"""Layer Sensitivity: how much each layer of a MODEL changes the picture when it is rounded."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class StochasticFP8Sensitivity(io.ComfyNode):
         return newer(
             io.Schema,
             node_id="StochasticFP8Sensitivity",
-            display_name="FP8 Sensitivity",
+            display_name="Layer Sensitivity",
             category=CATEGORY,
-            search_aliases=["fit my memory", "mixed precision", "which layers", "sensitivity", "fp8"],
+            search_aliases=["fp8 sensitivity", "fit my memory", "mixed precision", "which layers"],
             description=(
                 "Measures how much each layer of your model changes the picture when it is rounded to FP8. Connect it "
                 "to a quantize node with layers measured and a size limit: the layers that matter most then stay in 16 "
@@ -78,7 +78,7 @@ class StochasticFP8Sensitivity(io.ComfyNode):
                     id="FP8_CALIBRATION",
                     display_name="calibration",
                     tooltip="The calibration with the effect of each layer. Connect it to a quantize node with layers "
-                    "measured, to FP8 Size and Quality, or to Save FP8 Calibration.",
+                    "measured, to Size and Quality, or to Save Calibration.",
                 )
             ],
         )

@@ -62,6 +62,8 @@ def _measure(
     parts, size = [], MEASURED_AT_ONCE_ON_GPU if flat.is_cuda else MEASURED_AT_ONCE
     for start in range(0, flat.numel(), size):
         original = flat[start : start + size].float()
+        part = codes[start : start + size]
         positions = code_positions(original / scale, float8, FRACTION_BITS)
-        parts.append(measure(original, codes[start : start + size], positions, scale, amax, float8))
+        positions = torch.where((original < 0) == (part > 0x7F), positions, -positions)
+        parts.append(measure(original, part, positions, scale, amax, float8))
     return merge(parts)

@@ -83,7 +83,7 @@ def load_calibration(path: str | os.PathLike[str]) -> Calibration:
     with open_source(path) as source:
         file = _OpenCalibration(path, _identity(source))
         if METADATA_ENTRY not in source.metadata:
-            raise file_error(path, "does not hold an FP8 calibration; give a file written by Save FP8 Calibration")
+            raise file_error(path, "does not hold an FP8 calibration; give a file written by Save Calibration")
         try:
             stated = _parse(source.metadata[METADATA_ENTRY], len(source.tensors))
             version = stated["version"]

@@ -27,6 +27,11 @@ DAMPING = 0.01
 TRUSTED_ROWS = 3000
 """Rows of recorded inputs. With fewer rows, the damping grows in proportion."""
 
+IMAGES = 32
+"""How many images to calibrate a diffusion model on. The figures of the README are from as many."""
+MANY_PROMPTS = 20
+"""How many prompts to calibrate a text encoder on, at least."""
+
 INDEFINITE = 1e-3
 """How negative a variance may become, as a share of the largest. Rounding errors of the moment stay far below."""
 

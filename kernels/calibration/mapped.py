@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .. import display
+
 log = logging.getLogger("stochastic_fp8")
 
 PREFIX = "fp8_calibration_"
@@ -35,7 +37,7 @@ def mapped_memory(folder: Path, count: int) -> torch.Tensor:
             if not _removed(name):
                 weakref.finalize(numbers.untyped_storage(), partial(_removed, name))
     except (OSError, RuntimeError, ValueError) as error:
-        log.warning("a calibration of %d MB stays in main memory, because %s: %s", size >> 20, folder, error)
+        log.warning("a calibration of %s stays in main memory, because %s: %s", display.bytes(size), folder, error)
         return torch.empty(count, dtype=torch.float32, device="cpu")
     return numbers
 

@@ -80,11 +80,15 @@ class LayerCalibration:
         blocks = block_count(self.width)
         side = self.width // blocks
         moment = torch.empty(blocks, side, side, dtype=torch.float32, device=device)
-        for start, band in bands(to_device(self.read_moment(), torch.device(device)), self.width):
+        for start, band in bands(self._packed_on(torch.device(device)), self.width):
             stop = start + band.shape[1]
             moment[:, start:stop, start:] = band
             moment[:, stop:, start:stop] = band[:, :, stop - start :].mT
         return moment.div_(max(self.rows, 1))
+
+    def _packed_on(self, device: torch.device) -> torch.Tensor:
+        """The packed moment on a device. Kept rows are multiplied there: in main memory, their moment is larger."""
+        return to_device(self.read_moment(), device) if self.kept is None else products(to_device(self.kept, device))
 
     def __add__(self, other: LayerCalibration) -> LayerCalibration:
         return self.plus(other)
@@ -150,14 +154,15 @@ class Calibration:
 
 def few_rows(rows: torch.Tensor, amax: float) -> LayerCalibration:
     """The recorded inputs of a layer that saw only these: float (rows, width), in main memory."""
+    return LayerCalibration(rows.shape[1], len(rows), amax, lambda: products(rows), kept=rows)
+
+
+def products(rows: torch.Tensor) -> torch.Tensor:
+    """The packed moment of some rows, float (rows, width), on their device."""
     width = rows.shape[1]
-
-    def packed() -> torch.Tensor:
-        moment = torch.zeros(moment_size(width), dtype=torch.float32, device="cpu")
-        add_products(moment, width, rows)
-        return moment
-
-    return LayerCalibration(width, len(rows), amax, packed, kept=rows)
+    packed = torch.zeros(moment_size(width), dtype=torch.float32, device=rows.device)
+    add_products(packed, width, rows)
+    return packed
 
 
 def add_products(packed: torch.Tensor, width: int, rows: torch.Tensor) -> None:

@@ -34,15 +34,19 @@ class ActivationRecorder:
         *,
         room: Callable[[torch.device], int] = lambda device: 0,
         pin: Pin = not_pinned,
+        store: Store | None = None,
     ):
         """device: where the sums are kept. most_rows: rows recorded per call, evenly spaced; None: all. The next call
         records other positions.
 
         room: called once per GPU on which inputs are, it gives the bytes of sums that may stay there. pin: pins a
         tensor in main memory, so that sums that do not fit on the GPU travel there and back while it computes.
+
+        store: memory for the sums of the result. Sums that need not be on a GPU or pinned lie there from the start, the
+        others move there in `result`, one layer after the other; None: they stay where they are.
         """
         self.device, self.most_rows = torch.device(device), most_rows
-        self._room, self._pin = room, pin
+        self._room, self._pin, self._store = room, pin, store
         self._left: dict[torch.device, int] = {}
         self._ferries: dict[torch.device, Ferry] = {}
         self._layers: dict[str, _Recorded] = {}
@@ -78,9 +82,8 @@ class ActivationRecorder:
             layer.kept.clear()
         layer.sums.add(x)
 
-    def result(self, source: str = "", store: Store | None = None) -> Calibration:
-        """The recorded calibration, which the recorder then no longer holds. store: where the sums are moved to, one
-        layer after the other; None: they stay where they are.
+    def result(self, source: str = "") -> Calibration:
+        """The recorded calibration, which the recorder then no longer holds.
 
         Raises ActivationError; see observe.
         """
@@ -90,7 +93,7 @@ class ActivationRecorder:
         layers = {}
         while self._layers:
             key = next(iter(self._layers))
-            layers[key] = self._layers.pop(key).result(store)
+            layers[key] = self._layers.pop(key).result()
         return Calibration(layers, source)
 
     def __enter__(self) -> ActivationRecorder:
@@ -130,14 +133,14 @@ class ActivationRecorder:
         where = self._place(device, 4 * moment_size(width))
         if where != self.device:
             try:
-                return Sums(width, where)
+                return Sums(width, where, self._store)
             except torch.cuda.OutOfMemoryError:
                 self._left[device] = 0
         if device.type == "cuda" and self.device.type == "cpu":
             if device not in self._ferries:
                 self._ferries[device] = Ferry(device)
-            return FerriedSums(width, self._ferries[device], self._pin)
-        return Sums(width, self.device)
+            return FerriedSums(width, self._ferries[device], self._pin, self._store)
+        return Sums(width, self.device, self._store)
 
 
 def _check(key: str, amax: float, rows: torch.Tensor | None = None) -> None:
@@ -174,9 +177,9 @@ class _Recorded:
         """Whether these rows can be kept as they are."""
         return KEPT_SHARE * (sum(rows.nbytes for rows in self.kept) + x.nbytes) <= 4 * moment_size(self.width)
 
-    def result(self, store: Store | None) -> LayerCalibration:
+    def result(self) -> LayerCalibration:
         amax = 0.0 if self.amax is None else float(self.amax)
         if self.sums is None:
             return few_rows(torch.cat([rows.cpu() for rows in self.kept]), amax)
-        packed = self.sums.stored(store)
+        packed = self.sums.stored()
         return LayerCalibration(self.width, self.rows, amax, lambda: packed)

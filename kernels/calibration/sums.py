@@ -23,11 +23,17 @@ def not_pinned(x: torch.Tensor) -> None:
 
 
 class Sums:
-    """The packed second moment of one layer, fp32 (moment_size(width),), on `device`."""
+    """The packed second moment of one layer, fp32 (moment_size(width),), on `device`.
 
-    def __init__(self, width: int, device: torch.device):
-        self.width = width
-        self._packed = torch.zeros(moment_size(width), dtype=torch.float32, device=device)
+    store: where the sums lie in the end; None: where they are. On the CPU they lie there from the start.
+    """
+
+    def __init__(self, width: int, device: torch.device, store: Store | None = None):
+        self.width, self._store = width, store
+        if store and device.type == "cpu":
+            self._packed, self._store = store(moment_size(width)).zero_(), None
+        else:
+            self._packed = torch.zeros(moment_size(width), dtype=torch.float32, device=device)
 
     def add(self, x: torch.Tensor) -> None:
         """x: float (rows, width), on any device."""
@@ -38,11 +44,11 @@ class Sums:
             add_products(here, self.width, x)
             self._packed += here.to(self._packed.device)
 
-    def stored(self, store: Store | None) -> torch.Tensor:
-        """The sums, moved to memory of `store` if there is one. Ends the use of this object."""
+    def stored(self) -> torch.Tensor:
+        """The sums, where they lie in the end. Ends the use of this object."""
         packed = self._packed
         self.close()
-        return _stored(packed, store)
+        return _stored(packed, self._store)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -50,12 +56,14 @@ class Sums:
 
 
 class FerriedSums:
-    """The same in main memory, for inputs on a GPU."""
+    """The same in main memory, for inputs on a GPU: pinned, or else in memory of `store` from the start."""
 
-    def __init__(self, width: int, ferry: Ferry, pin: Pin):
-        self.width, self._ferry = width, ferry
+    def __init__(self, width: int, ferry: Ferry, pin: Pin, store: Store | None = None):
+        self.width, self._ferry, self._store = width, ferry, store
         self.packed = _own_pages(moment_size(width))
         self._unpin = pin(self.packed)
+        if store and not self._unpin:
+            self.packed, self._store = store(moment_size(width)).zero_(), None
         self.at_rest: torch.cuda.Event | None = None
         """When the sums are back from the GPU."""
 
@@ -63,11 +71,11 @@ class FerriedSums:
         """x: float (rows, width), on the ferry's GPU."""
         self._ferry.add(self, x)
 
-    def stored(self, store: Store | None) -> torch.Tensor:
+    def stored(self) -> torch.Tensor:
         """See Sums, once the ferry has finished. Ends the use of this object."""
         packed = self.packed
         self.close()
-        return _stored(packed, store)
+        return _stored(packed, self._store)
 
     def close(self) -> None:
         """Unpin the memory, once the ferry has finished: memory that is freed while pinned breaks later transfers."""

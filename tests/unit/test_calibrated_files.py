@@ -82,7 +82,7 @@ def test_the_report_tells_of_every_layer(source, target, calibration):
         f"{len(errors) - 2} of {len(errors)} layers were rounded to nearest, because the calibration has no inputs"
         in notes
     )
-    assert f"fewer than 3,000 rows: more runs or prompts would help them: {PROJ}.weight" in notes
+    assert f"fewer than 3,000 rows: calibrate on 32 images, or a text encoder on 20 prompts: {PROJ}.weight" in notes
     assert report.recipe.calibration == "two layers"
 
 

@@ -1,5 +1,6 @@
 """Where recorded inputs are kept: rows or sums, on a GPU or in main memory (simulated streams), in temporary files."""
 
+import dataclasses
 import errno
 import gc
 import logging
@@ -84,23 +85,35 @@ def test_added_rows_stay_rows_while_they_are_few():
     assert grown.layers[KEY].kept is None, "96 rows take more memory than their moment"
 
 
+def test_kept_rows_are_multiplied_where_the_moment_is_needed():
+    """Between the codes of a model, their moments would leave gaps in main memory."""
+
+    def in_main_memory():
+        raise AssertionError("the moment of kept rows was computed in main memory")
+
+    layer = dataclasses.replace(recorded(rows(3)).layers[KEY], read_moment=in_main_memory)
+    check(layer, rows(3))
+    assert layer.moment("meta").device.type == "meta"
+
+
 def test_kept_rows_are_saved_as_a_moment(tmp_path):
     calibration = recorded(rows(3))
     save_calibration(calibration, tmp_path / "c.safetensors")
     check(load_calibration(tmp_path / "c.safetensors").layers[KEY], rows(3))
 
 
-def test_sums_are_moved_to_where_the_caller_wants_them():
+def test_sums_lie_where_the_caller_wants_them():
     given = []
 
     def store(count):
         given.append(torch.full((count,), float("nan")))
         return given[-1]
 
-    seen = recorder.ActivationRecorder()
+    seen = ActivationRecorder(store=store)
     for x in (rows(100), rows(50, seed=1)):
         seen.observe(KEY, x)
-    calibration = seen.result("prompts", store)
+    assert len(given) == 1, "they are not in ordinary memory first"
+    calibration = seen.result("prompts")
     assert calibration.layers[KEY].read_moment().data_ptr() == given[0].data_ptr()
     both = calibration.plus(recorded(rows(70, seed=2)), store)
     assert both.layers[KEY].read_moment().data_ptr() == given[1].data_ptr()
@@ -145,8 +158,27 @@ def test_sums_in_main_memory_are_pinned_until_they_are_stored(ferry):
     there.add(rows(5, 16))
     ferry.finish()
     assert events == ["pin"]
-    there.stored(None)
+    there.stored()
     assert events == ["pin", "unpin"]
+
+
+def test_pinned_sums_move_and_others_lie_in_the_store_from_the_start(ferry):
+    """Pinned memory cannot be taken back, and memory in a file cannot always be pinned."""
+    given = []
+
+    def store(count):
+        given.append(torch.full((count,), float("nan")))
+        return given[-1]
+
+    for pin, early in ((lambda tensor: lambda: None, 0), (sums.not_pinned, 1)):
+        there = sums.FerriedSums(16, ferry, pin, store)
+        assert len(given) == early
+        there.add(rows(5, 16))
+        ferry.finish()
+        result = there.stored()
+        assert result.data_ptr() == given[-1].data_ptr()
+        torch.testing.assert_close(result.view(16, 16), rows(5, 16).mT @ rows(5, 16))
+        given.clear()
 
 
 def test_a_recording_that_fails_gives_its_pinned_memory_back(ferry):
@@ -238,7 +270,7 @@ def test_a_full_disk_means_ordinary_memory(tmp_path, monkeypatch, caplog):
         numbers = mapped_memory(tmp_path, 1 << 20)
     numbers.fill_(1)
     assert os.listdir(tmp_path) == []
-    assert "a calibration of 4 MB stays in main memory" in caplog.text and "No space left" in caplog.text
+    assert "a calibration of 4.19 MB stays in main memory" in caplog.text and "No space left" in caplog.text
 
 
 def test_without_a_way_to_reserve_room_a_nearly_full_disk_is_not_used(tmp_path, monkeypatch, caplog):
