@@ -1,7 +1,8 @@
 """`make bench`: speed, memory and quality, compared with other programs in the same run.
 
 python tests/benchmarks             # tensors on the CPU, and whole files of up to 1.5 GB
-python tests/benchmarks --cpu       # only these sections; also --files, --patterns, --calibration, --fit
+python tests/benchmarks --cpu       # only these sections; also --files, --patterns, --calibration, --encoder, --memory,
+                                    # --choices, --fit
 python tests/benchmarks --big       # files of 10 and 12 GB
 python tests/benchmarks --save      # also into RESULTS.md
 """
@@ -14,13 +15,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import choices_rows  # noqa: E402
 import conftest  # noqa: E402, F401  (loads the pack)
 import cpu_rows  # noqa: E402
+import encoder_rows  # noqa: E402
 import file_rows  # noqa: E402
 import fit_rows  # noqa: E402
+import memory_rows  # noqa: E402
 import pattern_rows  # noqa: E402
 import quality_rows  # noqa: E402
-from measure import machine, table  # noqa: E402
+from measure import machine, say, table  # noqa: E402
 
 RESULTS = HERE / "RESULTS.md"
 SECTIONS = {
@@ -28,6 +32,9 @@ SECTIONS = {
     "files": ("Files", file_rows.rows),
     "patterns": ("Patterns made to be slow", pattern_rows.rows),
     "calibration": ("Calibrated rounding", quality_rows.rows),
+    "encoder": ("Calibrated rounding of a text encoder", encoder_rows.rows),
+    "memory": ("Main memory of calibrating", memory_rows.rows),
+    "choices": ("What each choice costs", choices_rows.rows),
     "fit": ("Fit my memory: layers measured", fit_rows.rows),
     "big": ("Big files", file_rows.big_rows),
 }
@@ -52,7 +59,7 @@ def main():
     for name in chosen:
         title, rows = SECTIONS[name]
         print(f"\n{title}\n", flush=True)
-        text = table(rows(options.rounds))
+        text = table(map(say, rows(options.rounds)))
         print(text, flush=True)
         if options.save:
             save(name, f"## {title}\n\n{conditions}\n\n{text}")

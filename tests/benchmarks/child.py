@@ -1,14 +1,17 @@
 """Jobs that are measured in their own process. The last line of output is the result as JSON.
 
-python child.py quantize IN OUT | several IN... | start COMFYUI
+python child.py quantize IN OUT | several IN... | start COMFYUI | text_encoder COMFYUI |
+    layer_memory ROUNDING OUT WIDTH
 """
 
 import asyncio
 import json
+import os
 import re
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -43,19 +46,19 @@ def several(*sources):
     return {"seconds": best}
 
 
+def text_encoder(comfyui):
+    """The sentence model as a text encoder, calibrated and rounded."""
+    import_comfyui(comfyui)
+    sys.path.append(str(Path(__file__).parent))
+    import conftest  # noqa: F401
+    import text_encoder
+
+    return text_encoder.measure()
+
+
 def start(comfyui):
     """Import the pack and its nodes after ComfyUI's own modules."""
-    sys.path[:] = [comfyui, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent)]
-    import comfy.cli_args
-    import utils.extra_config  # noqa: F401  (first, as main.py does: comfy/utils.py would hide it later)
-
-    comfy.cli_args.args.cpu = True
-    import comfy_api.latest  # noqa: F401
-    import server
-
-    loop = asyncio.new_event_loop()
-    server.PromptServer(loop)
-
+    loop = import_comfyui(comfyui)
     known = set(sys.modules)
     begin = time.perf_counter()
     import importlib.util
@@ -72,9 +75,46 @@ def start(comfyui):
     return {"seconds": seconds, "heavy": sorted(heavy)}
 
 
+def layer_memory(rounding, out, width):
+    """Round one random bf16 layer with recorded inputs. `anonymous`: the peak of memory that no file backs."""
+    import conftest  # noqa: F401
+    import torch
+    from measure import Peak
+    from stochastic_fp8_pack.kernels import Recipe
+    from stochastic_fp8_pack.kernels.calibration.mapped import mapped_memory
+    from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
+    from stochastic_fp8_pack.kernels.engine.quantize_weight import quantize_weight
+
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = ActivationRecorder(store=partial(mapped_memory, Path(folder)))
+        recorder.observe("weight", torch.randn(4096, int(width)))
+        weight, calibration = torch.randn(int(out), int(width)).bfloat16(), recorder.result()
+        with Peak(os.getpid()) as peak:
+            quantize_weight(weight, "weight", Recipe(rounding=rounding), calibration)
+    return {"anonymous": peak.bytes}
+
+
+def import_comfyui(comfyui):
+    """ComfyUI's modules, on the CPU, with a server to which nodes can add their routes. Returns its event loop."""
+    sys.path[:] = [comfyui, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent)]
+    import comfy.cli_args
+    import utils.extra_config  # noqa: F401  (first, as main.py does: comfy/utils.py would hide it later)
+
+    comfy.cli_args.args.cpu = True
+    import comfy_api.latest  # noqa: F401
+    import server
+
+    loop = asyncio.new_event_loop()
+    server.PromptServer(loop)
+    return loop
+
+
+JOBS = {each.__name__: each for each in (quantize, several, start, text_encoder, layer_memory)}
+
+
 def main():
     job, *arguments = sys.argv[1:]
-    result = {"quantize": quantize, "several": several, "start": start}[job](*arguments)
+    result = JOBS[job](*arguments)
     print(json.dumps(result | {"peak": peak_resident()}))
 
 

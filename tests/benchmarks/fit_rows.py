@@ -3,6 +3,7 @@
 None of the held-out seeds is used to calibrate or to measure.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -14,7 +15,7 @@ from comfyui.graph import Graph
 from comfyui.pack import RECIPE, quantize
 from comfyui.server import ComfyUIServer
 from measure import Row
-from quality_rows import BATCH, CALIBRATION_SEEDS, HELD_OUT_SEEDS, RENDER, RUNS, WORDS, Studio, psnr
+from quality_rows import BATCH, CALIBRATION_SEEDS, HELD_OUT_SEEDS, RENDER, RUNS, TIMEOUT, WORDS, Studio, level, psnr
 from safetensors.torch import load_file
 from stochastic_fp8_pack.kernels import Recipe
 from stochastic_fp8_pack.kernels.engine.file_weights import FileWeights
@@ -33,7 +34,8 @@ LONGEST = 60  # seconds
 
 def rows(rounds):
     """`rounds` is not used: these rows are qualities, and the time of one long job."""
-    with tempfile.TemporaryDirectory() as folder, ComfyUIServer(Path(folder)) as server:
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    with tempfile.TemporaryDirectory() as folder, ComfyUIServer(Path(folder), environment=threads) as server:
         yield from measured_rows(FittingStudio(server))
 
 
@@ -91,7 +93,7 @@ class FittingStudio(Studio):
             calibration = graph.add("StochasticFP8Sensitivity", **inputs, seed=seed, **MEASURE, calibration=calibration)
         graph.add("StochasticFP8SaveCalibration", filename_prefix="measured", calibration=calibration)
         start = time.perf_counter()
-        self.server.queue(graph.prompt, timeout=600)
+        self.server.queue(graph.prompt, timeout=TIMEOUT)
         return time.perf_counter() - start
 
     def held_out(self, choices):
@@ -108,7 +110,7 @@ class FittingStudio(Studio):
             sampled = graph.sample(model, *scenes[WORDS[number % len(WORDS)]], latent, seed=seed, **RENDER)
             image = graph.add("VAEDecode", samples=sampled, vae=vae)
             kept.append((self.bench.keep(graph, image, as_="image"), self.bench.keep(graph, sampled)))
-        entry = self.server.queue(graph.prompt, timeout=600)
+        entry = self.server.queue(graph.prompt, timeout=TIMEOUT)
         return tuple(
             torch.cat([load_file(self.server.files(entry, pair[i].id, "tensors")[0])["samples"] for pair in kept])
             for i in range(2)
@@ -137,8 +139,3 @@ def planned(calibration, rounding, limit):
     recipe = Recipe(rounding=rounding, layers="measured", size_limit=limit)
     with open_source(tiny_models.LANDSCAPES) as source:
         return Quantization(FileWeights(source), recipe, calibration).measured
-
-
-def level(decibels):
-    error = statistics.stdev(decibels) / len(decibels) ** 0.5
-    return f"{statistics.mean(decibels):.1f} ± {error:.1f} dB"

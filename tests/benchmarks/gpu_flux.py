@@ -45,7 +45,7 @@ import nodes as comfy_nodes  # noqa: E402
 server.PromptServer(asyncio.new_event_loop())  # the nodes add their routes to it
 
 from comfyui_version import __version__ as VERSION  # noqa: E402
-from measure import Row, table  # noqa: E402
+from measure import Peak, Row, say, table  # noqa: E402
 from stochastic_fp8_pack.kernels.errors import ActivationError  # noqa: E402
 from stochastic_fp8_pack.nodes import calibration as calibration_nodes  # noqa: E402
 from stochastic_fp8_pack.nodes.quantize_model import StochasticFP8Quantize  # noqa: E402
@@ -57,6 +57,8 @@ PLACES = {"room on the GPU": (calibration_nodes.SHARE_OF_ROOM, 2), "sums in main
 """The share of the free memory that is used, and the bar: a recorded step over a plain one."""
 SAMPLER = {"cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 ROUND_SECONDS = 60
+MEMORY_BAR, BARRED = 3e9, {"room on the GPU"}
+"""What calibrating may take beyond nearest, in bytes. Pinned sums cannot be given back."""
 
 
 def main():
@@ -66,20 +68,26 @@ def main():
     parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
     options = parser.parse_args(ARGUMENTS)
     print("## Calibrating in ComfyUI on an NVIDIA GPU\n")
-    name = torch.cuda.get_device_properties(0).name if GPU.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, ComfyUI {VERSION}, {os.cpu_count()} CPU cores.\n")
+    print(f"{device_name()}, torch {torch.__version__}, ComfyUI {VERSION}, {os.cpu_count()} CPU cores.\n")
     print(f"    {' '.join(['python tests/benchmarks/gpu_flux.py', *ARGUMENTS])}\n", flush=True)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         folder_paths.set_temp_directory(folder)
         print(table(rows(options)), flush=True)
 
 
+def device_name():
+    return torch.cuda.get_device_properties(0).name if GPU.type == "cuda" else "CPU"
+
+
 def flux(blocks, hidden):
     """A Flux with random weights, in CPU memory."""
+    return comfy.sd.load_diffusion_model_state_dict(flux_weights(blocks, hidden))
+
+
+def flux_weights(blocks, hidden):
     shapes = tiny_models.flux_shapes(blocks, hidden, context=4096, pooled=768)
     kept = {key: shape for key, shape in shapes.items() if _double_block(key) < blocks // 2}
-    weights = {key: (torch.randn(shape, device=GPU) * 0.02).bfloat16().cpu() for key, shape in kept.items()}
-    return comfy.sd.load_diffusion_model_state_dict(weights)
+    return {key: (torch.randn(shape, device=GPU) * 0.02).bfloat16().cpu() for key, shape in kept.items()}
 
 
 def _double_block(key):
@@ -98,7 +106,7 @@ def rows(options):
     def plain(steps):
         comfy_nodes.common_ksampler(model, 0, steps, *sampler, positive, positive, latent)
 
-    whole = options.blocks == 38 and options.hidden == 3072
+    whole, memory = options.blocks == 38 and options.hidden == 3072, {}
     plain(1)
     step, _ = per_step(plain)
     yield say(Row(f"a plain step at {options.side} x {options.side}", f"{1e3 * step:.0f} ms", ""))
@@ -109,7 +117,8 @@ def rows(options):
             return calibration_nodes.StochasticFP8Calibrate.execute(**inputs, seed=0, steps=steps, runs=1, **SAMPLER)
 
         reset_peak()
-        seconds, output = per_step(record)
+        with Peak(os.getpid()) as memory[place]:
+            seconds, output = per_step(record)
         met = (f"<= {bar} x", seconds / step <= bar) if whole else ("", None)
         yield say(Row(f"recorded, {place}", f"{1e3 * seconds:.0f} ms", "a plain step", f"{seconds / step:.2f} x", *met))
         calibration = output.args[0]
@@ -117,18 +126,24 @@ def rows(options):
         record(1)
         yield say(Row("the same: the whole node, one step", f"{time.perf_counter() - start:.1f} s", peak()))
     size = f"{calibration.nbytes / 1e9:.1f} GB"
-    yield say(Row(f"the calibration of {len(calibration.layers)} layers", size, f"anonymous memory {anonymous()}"))
+    yield say(Row(f"the calibration of {len(calibration.layers)} layers", size, ""))
     yield say(bad_input_row(inputs))
     bars = {"calibrated": ROUND_SECONDS} if whole else {}
     for rounding in ("nearest", "calibrated"):
         start = time.perf_counter()
         choices = {"format": "float8_e4m3fn", "scaling": "absmax", "seed": 0, "layers": "all_linear"}
-        StochasticFP8Quantize.execute(model, rounding=rounding, calibration=calibration, **choices)
+        with Peak(os.getpid()) as memory[rounding]:
+            StochasticFP8Quantize.execute(model, rounding=rounding, calibration=calibration, **choices)
         seconds = time.perf_counter() - start
         bar = bars.get(rounding)
         met = (f"<= {bar} s", seconds <= bar) if bar else ("", None)
-        memory = f"anonymous memory {anonymous()}"
-        yield say(Row(f"the node Quantize, {rounding}", f"{seconds:.1f} s", memory, "", *met))
+        yield say(Row(f"the node Quantize, {rounding}", f"{seconds:.1f} s", "", "", *met))
+    for place in PLACES:
+        peak_bytes = max(memory[place].bytes, memory["calibrated"].bytes)
+        more = peak_bytes - memory["nearest"].bytes
+        met = (f"<= {MEMORY_BAR / 1e9:g} GB more", more <= MEMORY_BAR) if whole and place in BARRED else ("", None)
+        texts = f"{peak_bytes / 1e9:.1f} GB", f"nearest {memory['nearest'].bytes / 1e9:.1f} GB", f"{more / 1e9:+.1f} GB"
+        yield say(Row(f"anonymous main memory at the peak, {place}", *texts, *met))
 
 
 def bad_input_row(inputs):
@@ -166,12 +181,6 @@ def per_step(run):
     return (ends[-1] - ends[FEW - 1]) / (MANY - FEW), result
 
 
-def say(row):
-    """The row, which is also logged at once."""
-    print(row, file=sys.stderr, flush=True)
-    return row
-
-
 def synchronize():
     if GPU.type == "cuda":
         torch.cuda.synchronize()
@@ -184,12 +193,6 @@ def reset_peak():
 
 def peak():
     return f"peak {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if GPU.type == "cuda" else ""
-
-
-def anonymous():
-    """This process's memory that no file backs."""
-    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
-    return f"{int(found[1]) / 2**20:.1f} GiB"
 
 
 if __name__ == "__main__":

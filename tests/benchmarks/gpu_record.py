@@ -40,16 +40,16 @@ def main():
         print(table([*agreement_rows(), *time_rows(options.blocks)]), flush=True)
 
 
-def on_gpu():
-    return ActivationRecorder(most_rows=IMAGE, room=lambda device: 1 << 40)
+def on_gpu(store=None):
+    return ActivationRecorder(most_rows=IMAGE, room=lambda device: 1 << 40, store=store)
 
 
-def pinned():
-    return ActivationRecorder(most_rows=IMAGE, pin=pin)
+def pinned(store=None):
+    return ActivationRecorder(most_rows=IMAGE, pin=pin, store=store)
 
 
-def pageable():
-    return ActivationRecorder(most_rows=IMAGE)
+def pageable(store=None):
+    return ActivationRecorder(most_rows=IMAGE, store=store)
 
 
 PLACES = {"room on the GPU": on_gpu, "sums in main memory, pinned": pinned, "sums in main memory, pageable": pageable}
@@ -111,22 +111,22 @@ def time_rows(blocks):
     plain = seconds_per_step(step)
     yield Row(f"a step of {len(layers)} Linear layers alone, without attention", f"{1e3 * plain:.0f} ms", "")
     for place, make in PLACES.items():
-        recorder = make()
-        first = time.perf_counter()
-        for _ in range(2):  # makes and pins the sums
-            step(recorder)
-        torch.cuda.synchronize()
-        first = time.perf_counter() - first
-        each = seconds_per_step(partial(step, recorder))
-        more, bar = each - plain, BARS.get(place)
-        ratio = (STEP_SECONDS + more) / STEP_SECONDS
-        verdict = (f"<= {bar} x", ratio <= bar) if bar and blocks == 38 else ("", None)
-        against = f"a whole step {1e3 * STEP_SECONDS:.0f} ms"
-        yield Row(f"recording adds: {place}", f"{1e3 * more:.0f} ms", against, f"{ratio:.2f} x", *verdict)
-        peak = torch.cuda.max_memory_allocated() / 2**30
         with tempfile.TemporaryDirectory() as folder:
+            recorder = make(partial(mapped_memory, Path(folder)))
+            first = time.perf_counter()
+            for _ in range(2):  # makes and pins the sums
+                step(recorder)
+            torch.cuda.synchronize()
+            first = time.perf_counter() - first
+            each = seconds_per_step(partial(step, recorder))
+            more, bar = each - plain, BARS.get(place)
+            ratio = (STEP_SECONDS + more) / STEP_SECONDS
+            verdict = (f"<= {bar} x", ratio <= bar) if bar and blocks == 38 else ("", None)
+            against = f"a whole step {1e3 * STEP_SECONDS:.0f} ms"
+            yield Row(f"recording adds: {place}", f"{1e3 * more:.0f} ms", against, f"{ratio:.2f} x", *verdict)
+            peak = torch.cuda.max_memory_allocated() / 2**30
             start = time.perf_counter()
-            calibration = recorder.result(store=partial(mapped_memory, Path(folder)))
+            calibration = recorder.result()
             stored = time.perf_counter() - start
         size = f"{calibration.nbytes / 1e9:.1f} GB"
         yield Row(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,12 @@ def table(rows):
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
     lines.insert(1, tuple("-" * width for width in widths))
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def say(row):
+    """The row, which is also logged at once: a table appears when all of its rows are there."""
+    print(*filter(None, row.cells()), sep=" | ", file=sys.stderr, flush=True)
+    return row
 
 
 def faster(what, ours, peer, peer_seconds, at_least=None):
@@ -97,6 +105,30 @@ def in_child(job, *arguments):
     if done.returncode:
         raise Absent(f"it failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+class Peak:
+    """The largest anonymous memory of a process while the block runs, in bytes: what no file backs."""
+
+    SECONDS_BETWEEN_SAMPLES = 0.02
+
+    def __init__(self, pid):
+        self.bytes = 0
+        self._status, self._end = Path(f"/proc/{pid}/status"), threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._end.set()
+        self._thread.join()
+
+    def _sample(self):
+        while not self._end.wait(self.SECONDS_BETWEEN_SAMPLES):
+            found = re.search(r"RssAnon:\s+(\d+) kB", self._status.read_text())
+            self.bytes = max(self.bytes, 1024 * int(found[1]))
 
 
 def machine():

@@ -11,7 +11,7 @@ from pathlib import Path
 import tiny_models
 import torch
 from comfyui.graph import Graph
-from comfyui.pack import RECIPE, Bench, quantize, save
+from comfyui.pack import Bench, quantize, save
 from comfyui.server import ComfyUIServer
 from measure import Absent, Row
 from safetensors.torch import load_file
@@ -26,6 +26,8 @@ BATCH, RUNS = 4, 2  # images per run and runs, per word
 CALIBRATION_SEEDS = (1000, 2000, 3000, 4000)
 HELD_OUT_SEEDS = (42, 43, 44, 45, 142, 143, 144, 145)  # two images each
 RENDER = {"steps": 20, "cfg": 2.5}
+TIMEOUT = 3600
+"""Seconds for one prompt of up to 32 images: other work on the machine must not stop a benchmark."""
 LANDSCAPE_BARS = {"float8_e4m3fn": (0.33, 5.0), "float8_e5m2": (0.33, 3.0)}
 """Largest layer error relative to nearest's, and smallest gain of PSNR over nearest in dB."""
 
@@ -57,7 +59,7 @@ def landscape_rows():
         )
         studio.calibrate("held_out", HELD_OUT_SEEDS[:4], 2, 1)
         held_out = studio.load_calibration("held_out")
-        original = studio.render(None)
+        original = studio.render()
         for format in formats:
             name = f"landscapes, {format}"
             bar, decibels = LANDSCAPE_BARS[format]
@@ -91,18 +93,17 @@ class Studio:
             node = calibrate(graph, model, positive, negative, latent, seed=seed, runs=runs, **RENDER, **calibration)
             calibration = {"calibration": node}
         graph.add("StochasticFP8SaveCalibration", filename_prefix=name, **calibration)
-        self.server.queue(graph.prompt, timeout=600)
+        self.server.queue(graph.prompt, timeout=TIMEOUT)
 
     def load_calibration(self, name):
         return load_calibration(self.server.output / "fp8_calibrations" / f"{name}_00001_.safetensors")
 
-    def render(self, choices):
-        """Images (16, 256, 256, 3) of the held-out seeds. choices: how to quantize the model; None: not at all."""
+    def render(self, changed=lambda graph, model: model):
+        """Images (16, 256, 256, 3) of the held-out seeds. changed(graph, model): adds the nodes that quantize it."""
         graph = Graph()
         model, scenes = self.inputs(graph)
         vae = graph.add("StochasticFP8DemoModel", scene=WORDS[0])[3]
-        if choices:
-            model = quantize(graph, model, **choices(graph))
+        model = changed(graph, model)
         latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=2)
         kept = []
         for number, seed in enumerate(HELD_OUT_SEEDS):
@@ -110,24 +111,31 @@ class Studio:
             sampled = graph.sample(model, positive, negative, latent, seed=seed, **RENDER)
             image = graph.add("VAEDecode", samples=sampled, vae=vae)
             kept.append(graph.add("TestSaveTensor", name=f"{number}.safetensors", image=image))
-        entry = self.server.queue(graph.prompt, timeout=600)
+        entry = self.server.queue(graph.prompt, timeout=TIMEOUT)
         return torch.cat([load_file(self.server.files(entry, node.id, "tensors")[0])["samples"] for node in kept])
 
     def quantized(self, format, rounding):
         """Images of the held-out seeds, and the dequantized weights by tensor key."""
 
-        def choices(graph):
-            chosen = {**RECIPE, "format": format, "rounding": rounding, "layers": "all_linear"}
-            if rounding == "calibrated":
-                name = "calibration_00001_.safetensors"
-                chosen["calibration"] = graph.add("StochasticFP8LoadCalibration", calibration_name=name)
-            return chosen
+        def changed(graph, model):
+            return self.quantize(graph, model, format=format, rounding=rounding)
 
+        return self.render(changed), dequantized(self.save(f"{format}_{rounding}", changed))
+
+    def quantize(self, graph, model, **choices):
+        """Add a node that quantizes all Linear layers; with the calibration where these choices use it."""
+        chosen = {"layers": "all_linear", **choices}
+        if chosen["rounding"] == "calibrated":
+            name = "calibration_00001_.safetensors"
+            chosen["calibration"] = graph.add("StochasticFP8LoadCalibration", calibration_name=name)
+        return quantize(graph, model, **chosen)
+
+    def save(self, name, changed):
+        """The path of the file that Save Scaled FP8 Model makes of a changed model; see `render`."""
         graph = Graph()
         model, _ = self.inputs(graph)
-        saver = save(graph, f"{format}_{rounding}", model=quantize(graph, model, **choices(graph)))
-        path = self.bench.saved(self.bench.texts(graph, saver)[0])
-        return self.render(choices), dequantized(path)
+        saver = save(graph, name, model=changed(graph, model))
+        return self.bench.saved(self.bench.texts(graph, saver)[0])
 
 
 def calibrate(graph, model, positive, negative, latent, **settings):
@@ -176,11 +184,12 @@ def ratio_row(what, ours, nearest, bar):
 
 def psnr_row(what, ours, nearest, bar):
     gain = statistics.mean(ours) - statistics.mean(nearest)
-    texts = [
-        f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f} dB"
-        for values in (ours, nearest)
-    ]
-    return Row(what, texts[0], f"nearest {texts[1]}", f"{gain:+.1f} dB", f">= {bar:+g} dB", gain >= bar)
+    return Row(what, level(ours), f"nearest {level(nearest)}", f"{gain:+.1f} dB", f">= {bar:+g} dB", gain >= bar)
+
+
+def level(decibels):
+    """The mean and its standard error, in words."""
+    return f"{statistics.mean(decibels):.1f} ± {statistics.stdev(decibels) / math.sqrt(len(decibels)):.1f} dB"
 
 
 # A sentence transformer, calibrated on another domain
