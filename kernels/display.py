@@ -42,7 +42,7 @@ def decibels(level: float | None) -> str:
     """A level with one decimal: "28.6 dB". Infinite, or None, is "∞ dB": nothing was lost."""
     if level is None or math.isinf(level):
         return "∞ dB"
-    return f"{_with_minus(f'{round(level, 1) + 0.0:.1f}')} dB"
+    return f"{fixed(level, 1)} dB"
 
 
 def seconds(duration: float) -> str:
@@ -70,20 +70,25 @@ def number(x: float) -> str:
     return _with_minus(f"{x:,.0f}" if magnitude >= 999.5 else f"{x:.3g}")
 
 
+def fixed(x: float, digits: int) -> str:
+    """A number with this many digits after the point, for columns of numbers: "−0.28", "2.60"."""
+    return _with_minus(f"{round(x, digits) + 0.0:.{digits}f}")
+
+
 def count(n: int, noun: str) -> str:
     """A number of things: "1 layer", "12,000 layers". noun: singular, with a regular plural."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def shorten_middle(text: str, length: int) -> str:
-    """The text with an ellipsis in place of its middle if it has more than `length` characters.
+    """The text with an ellipsis in place of its middle if it has more than `length` characters; wide ones count twice.
 
     Two thirds of what remains are the end, by which layer names differ most.
     """
-    if len(text) <= length:
+    if _columns(text) <= length:
         return text
     tail = (length - 1) * 2 // 3
-    return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"
+    return f"{_fitting(text, length - 1 - tail)}…{_fitting(text[::-1], tail)[::-1]}"
 
 
 def printable(text: str) -> str:
@@ -122,6 +127,19 @@ def _visible(character: str) -> str:
     if unicodedata.category(character) not in _INVISIBLE:
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def _columns(text: str) -> int:
+    """The width of a text in characters of a fixed width: Chinese, Japanese and Korean ones take two."""
+    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
+def _fitting(text: str, columns: int) -> str:
+    """As much of the beginning as fits."""
+    fitting = text[:columns]
+    while _columns(fitting) > columns:
+        fitting = fitting[:-1]
+    return fitting
 
 
 def _scientific(x: float, digits: int) -> str:

@@ -16,7 +16,7 @@ from ..kernels.studies.activation_probe import INPUT, OUTPUT, Probe, list_layers
 from .models import diffusion_network
 from .networks import ModelError, Network
 from .options import sampler_inputs, scene_inputs, seed_input, size_inputs
-from .pictures import draw_image
+from .pictures import draw_image, theme_input
 from .sampling import RenderProgress, Sampler
 from .schema import CATEGORY, newer
 
@@ -37,7 +37,7 @@ class StochasticFP8ActivationProbe(io.ComfyNode):
             node_id="StochasticFP8ActivationProbe",
             display_name="Activation Probe",
             category=CATEGORY,
-            search_aliases=["block difference", "where quantization hurts", "fp8"],
+            search_aliases=["block difference", "layer difference", "where quantization hurts"],
             description=(
                 "Renders the same noise with two versions of a model, such as the original and the quantized one, and "
                 "shows where along the depth and at which step they differ. Also lists the blocks and layers of the "
@@ -50,6 +50,7 @@ class StochasticFP8ActivationProbe(io.ComfyNode):
                 seed_input("The noise that both models start from."),
                 *sampler_inputs(),
                 *size_inputs(1024, 768),
+                theme_input(),
             ],
             outputs=[
                 io.Image.Output(
@@ -81,10 +82,11 @@ class StochasticFP8ActivationProbe(io.ComfyNode):
         denoise,
         width=1024,
         height=768,
+        theme="dark",
     ):
         sampler = Sampler(positive, negative, latent_image, steps, cfg, sampler_name, scheduler, denoise)
         probe, layers = probe_models(model_a, model_b, sampler, seed)
-        image = draw_image(lambda: activation_probe_figure(probe, width=width, height=height))
+        image = draw_image(lambda: activation_probe_figure(probe, width=width, height=height), theme)
         return io.NodeOutput(image, to_markdown(probe), layers, ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -93,11 +95,12 @@ def probe_models(model_a: Any, model_b: Any, sampler: Sampler, seed: int) -> tup
 
     Raises ModelError for models of different classes, without blocks, or with NaN or infinite values.
     """
-    a, b = (diffusion_network(model) for model in (model_a, model_b))
-    if type(model_a.model) is not type(model_b.model):
+    a, b = diffusion_network(model_a, "model_a"), diffusion_network(model_b, "model_b")
+    classes = [type(model.model) for model in (model_a, model_b)]
+    if classes[0] is not classes[1]:
         raise ModelError(
-            f"model_a is a {a.name} and model_b a {b.name}: connect two versions of the same model, such as the "
-            "original and the quantized one"
+            f"model_a is {classes[0].__name__} and model_b is {classes[1].__name__}: connect two versions of the same "
+            "model, such as the original and the quantized one"
         )
     progress = RenderProgress(2 * sampler.steps)
     rendered = []

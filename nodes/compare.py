@@ -28,9 +28,9 @@ from .options import (
     size_inputs,
     with_choices,
 )
-from .pictures import draw_image
+from .pictures import draw_image, theme_input
 from .progress import JobProgress
-from .schema import CATEGORY, newer
+from .schema import CATEGORY, newer, rare
 
 _SEED_TOOLTIP = "Another seed gives the stochastic roundings other random draws. Only details of the image change."
 
@@ -76,13 +76,14 @@ class StochasticFP8Compare(io.ComfyNode):
                     tooltip="At most this many layers are tried, evenly spaced over the model. More layers give more "
                     "accurate numbers and take longer.",
                 ),
-                seed_input(_SEED_TOOLTIP, optional=True),
+                rare(seed_input(_SEED_TOOLTIP, optional=True)),
                 device_input(),
                 *size_inputs(1024, 832),
                 calibration_input(
                     "What FP8 Calibration recorded for this model. It adds calibrated rounding and the error of the "
                     "layers' outputs."
                 ),
+                theme_input(),
             ],
             outputs=[
                 io.Image.Output(
@@ -106,7 +107,17 @@ class StochasticFP8Compare(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, scaling, layers, most_layers, seed=0, device="auto", width=1024, height=832, calibration=None
+        cls,
+        model,
+        scaling,
+        layers,
+        most_layers,
+        seed=0,
+        device="auto",
+        width=1024,
+        height=832,
+        calibration=None,
+        theme="dark",
     ):
         check_comparison_size(width, height, calibrated=calibration is not None)
         network = models.diffusion_network(model)
@@ -121,13 +132,13 @@ class StochasticFP8Compare(io.ComfyNode):
             _weights(network, chosen, where),
             scaling=scaling,
             seed=seed,
-            source=type(model.model).__name__,
+            source=network.name,
             total=len(names),
             calibration=calibration,
             progress=lambda done, name: progress(done, len(chosen), name),
         )
         progress(len(chosen), len(chosen), "")
-        image = draw_image(lambda: comparison_figure(result, width=width, height=height))
+        image = draw_image(lambda: comparison_figure(result, width=width, height=height), theme)
         return io.NodeOutput(image, to_markdown(result), ui=ui.PreviewImage(image, cls=cls))
 
 
@@ -187,15 +198,16 @@ class StochasticFP8RoundingCurve(io.ComfyNode):
                     tooltip="How many times each value is rounded. With more draws, the points scatter less around "
                     "the lines of the theory.",
                 ),
-                seed_input(_SEED_TOOLTIP, optional=True),
+                rare(seed_input(_SEED_TOOLTIP, optional=True)),
                 *size_inputs(1024, 768),
+                theme_input(),
             ],
             outputs=[io.Image.Output(id="IMAGE", display_name="image", tooltip="The rounding in four panels.")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, format, rounding, low, high, draws, seed=0, width=1024, height=768):
+    def execute(cls, format, rounding, low, high, draws, seed=0, width=1024, height=768, theme="dark"):
         curve = measure_rounding(format, rounding, low, high, draws=draws, seed=seed)
-        image = draw_image(lambda: rounding_curve(curve, width=width, height=height))
+        image = draw_image(lambda: rounding_curve(curve, width=width, height=height), theme)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

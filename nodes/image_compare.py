@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..kernels.figures import image_sheet
-from .pictures import draw_image
+from .pictures import draw_image, theme_input
 from .progress import JobProgress
-from .schema import CATEGORY, newer
+from .schema import CATEGORY, newer, rare
 
 SSIM_WINDOW = 11
 """Side of the SSIM window in pixels, as in Wang et al., Image Quality Assessment (2004)."""
@@ -49,14 +50,16 @@ class StochasticFP8ImageCompare(io.ComfyNode):
                     tooltip="How many times brighter the difference is drawn. With 8, a difference of 32 of 255 levels "
                     "is white.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=1536,
-                    min=512,
-                    max=4096,
-                    step=8,
-                    optional=True,
-                    tooltip="Width of the sheet in pixels. PSNR and SSIM are those of the full-size images.",
+                rare(
+                    io.Int.Input(
+                        "width",
+                        default=1536,
+                        min=512,
+                        max=4096,
+                        step=8,
+                        optional=True,
+                        tooltip="Width of the sheet in pixels. PSNR and SSIM are those of the full-size images.",
+                    )
                 ),
                 *(
                     io.String.Input(
@@ -67,6 +70,7 @@ class StochasticFP8ImageCompare(io.ComfyNode):
                     )
                     for name in NAMES
                 ),
+                theme_input(),
             ],
             outputs=[
                 io.Image.Output(
@@ -85,13 +89,14 @@ class StochasticFP8ImageCompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image_a, image_b, amplify, width=1536, label_a="A", label_b="B"):
+    def execute(cls, image_a, image_b, amplify, width=1536, label_a="A", label_b="B", theme="dark"):
         a, b = pair_up(image_a, image_b)
         names = tuple(label.strip() or name for label, name in zip((label_a, label_b), NAMES, strict=True))
         scores = [similarity(*pair) for pair in zip(a, b, strict=True)]
-        sheet = torch.cat(list(sheets(a, b, scores, amplify=amplify, names=names, width=width)))
+        sheet = torch.cat(list(sheets(a, b, scores, theme, amplify=amplify, names=names, width=width)))
         shown = {f"{side}_images": ui.PreviewImage(image, cls=cls).values for side, image in (("a", a), ("b", b))}
         shown["names"] = list(names)
+        shown["scores"] = [[psnr if math.isfinite(psnr) else None, ssim] for psnr, ssim in scores]
         psnr, ssim = (mean(values) for values in zip(*scores, strict=True))
         return io.NodeOutput(sheet, psnr, ssim, ui=shown)
 
@@ -117,18 +122,18 @@ def pair_up(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def sheets(
-    a: torch.Tensor, b: torch.Tensor, scores: Sequence[tuple[float, float]], **choices: Any
+    a: torch.Tensor, b: torch.Tensor, scores: Sequence[tuple[float, float]], theme: str, **choices: Any
 ) -> Iterator[torch.Tensor]:
-    """One IMAGE per pair. scores: (PSNR, SSIM) of each pair. choices: those of image_sheet."""
+    """One IMAGE per pair. scores: (PSNR, SSIM) of each pair. theme: see draw_image. choices: those of image_sheet."""
     progress = JobProgress()
     for i in range(len(a)):
         progress(i, len(a), "")
-        yield _sheet(a[i], b[i], *scores[i], which=f"pair {i + 1} of {len(a)}" if len(a) > 1 else "", **choices)
+        yield _sheet(a[i], b[i], *scores[i], theme, which=f"pair {i + 1} of {len(a)}" if len(a) > 1 else "", **choices)
     progress(len(a), len(a), "")
 
 
-def _sheet(a: torch.Tensor, b: torch.Tensor, psnr: float, ssim: float, **choices: Any) -> torch.Tensor:
-    return draw_image(lambda: image_sheet(a.numpy(), b.numpy(), psnr=psnr, ssim=ssim, **choices))
+def _sheet(a: torch.Tensor, b: torch.Tensor, psnr: float, ssim: float, theme: str, **choices: Any) -> torch.Tensor:
+    return draw_image(lambda: image_sheet(a.numpy(), b.numpy(), psnr=psnr, ssim=ssim, **choices), theme)
 
 
 def similarity(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:

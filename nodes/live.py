@@ -6,16 +6,19 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
+from comfyui_version import __version__ as COMFYUI_VERSION
 from server import PromptServer
 
-from ..kernels import ErrorStatistics, Report
+from ..kernels import ROUNDINGS, ErrorStatistics, Report
 from ..kernels.numerics.error_statistics import step_bin_edges
+from ..kernels.report.report import with_output_errors
+from ..kernels.state_dict.compatibility import is_elsewhere
+from .running import Prompt, is_link, running_prompt, running_prompts
 
 EVENT = "stochastic_fp8.live"
 
@@ -35,10 +38,6 @@ MOST_SUMMARIES = 256
 """Summaries that are remembered for runs which ComfyUI answers from its cache."""
 
 
-Prompt = dict[str, dict[str, Any]]
-"""A prompt in ComfyUI's API format: node id -> its class_type and inputs."""
-
-
 class LastMessages:
     """The last message of each node in the newest prompt, for a page that reloads while it runs."""
 
@@ -52,7 +51,7 @@ class LastMessages:
         self._by_node[message["node"]] = message
 
     def of_running_prompts(self) -> list[dict[str, Any]]:
-        running = {prompt_id for _, prompt_id, *_ in _running()}
+        running = {prompt_id for _, prompt_id, *_ in running_prompts()}
         return [message for message in list(self._by_node.values()) if message["prompt"] in running]
 
 
@@ -84,7 +83,7 @@ summaries = Summaries()
 
 def summaries_of_prompt(prompt_id: str) -> dict[str, dict[str, Any]]:
     """Node id -> summary, for a prompt that runs or has run; empty for any other."""
-    prompt = _prompt(prompt_id)
+    prompt = running_prompt(prompt_id)
     if prompt is None:
         history = PromptServer.instance.prompt_queue.get_history(prompt_id=prompt_id)
         prompt = history[prompt_id]["prompt"][2] if prompt_id in history else None
@@ -129,7 +128,7 @@ def summary_output(report: Report) -> dict[str, list[dict[str, Any]]]:
     identity = _identity()
     if identity:
         last_messages.keep({**identity, "summary": summary})
-        prompt = _prompt(identity["prompt"])
+        prompt = running_prompt(identity["prompt"])
         if prompt and identity["node"] in prompt:
             summaries.keep(prompt, identity["node"], summary)
     return {OUTPUT: [summary]}
@@ -170,20 +169,27 @@ def summarize(report: Report) -> dict[str, Any]:
         ],
         "output_error": _output_error(report),
         "steps": {"low": edges[0], "high": edges[-1], "counts": list(error.step_histogram)},
-        "notes": list(report.notes),
+        "nearest_gain": _nearest_gain(report.recipe.rounding, error),
+        "notes": [note for note in report.notes if not is_elsewhere(COMFYUI_VERSION, note)],
+        "elsewhere": [note for note in report.notes if is_elsewhere(COMFYUI_VERSION, note)],
     }
+
+
+def _nearest_gain(rounding: str, error: ErrorStatistics) -> float | None:
+    """By how many dB nearest would be closer to the original. None where that is not known, and for other roundings
+    than those that draw."""
+    return error.nearest_gain if rounding in ROUNDINGS and ROUNDINGS[rounding].draw else None
 
 
 def _output_error(report: Report) -> dict[str, Any] | None:
     """The predicted errors over the layers' outputs: medians, and the layers with the largest. None if unknown."""
-    errors = {layer.key: layer.output_error for layer in report.layers if layer.output_error}
+    errors = [error for _, error in with_output_errors(report.layers)]
     if not errors:
         return None
-    largest = sorted(errors, key=lambda key: (-errors[key].chosen, key))[:WORST]
     return {
-        "chosen": median(error.chosen for error in errors.values()),
-        "nearest": median(error.nearest for error in errors.values()),
-        "worst": [{"key": key, "error": errors[key].chosen} for key in largest],
+        "chosen": median(error.chosen for error in errors),
+        "nearest": median(error.nearest for error in errors),
+        "worst": [{"key": layer.key, "error": error.chosen} for layer, error in report.worst_outputs(WORST)],
     }
 
 
@@ -196,19 +202,9 @@ def _inputs_key(prompt: Prompt, node: str) -> str:
         if name not in upstream and name in prompt:
             inputs = prompt[name]["inputs"]
             upstream[name] = [prompt[name]["class_type"], inputs]
-            waiting += [value[0] for value in inputs.values() if _is_link(value)]
+            waiting += [value[0] for value in inputs.values() if is_link(value)]
     text = json.dumps([node, upstream], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_link(value: Any) -> bool:
-    """Whether an input of a prompt is [node id, index of the output]."""
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
-
-
-def _prompt(prompt_id: str) -> Prompt | None:
-    """A running prompt."""
-    return next((item[2] for item in _running() if item[1] == prompt_id), None)
 
 
 def _identity() -> dict[str, Any]:
@@ -216,13 +212,8 @@ def _identity() -> dict[str, Any]:
     context = get_executing_context()
     if context is None:
         return {}
-    workflow = next((_workflow_id(item[3]) for item in _running() if item[1] == context.prompt_id), None)
+    workflow = next((_workflow_id(item[3]) for item in running_prompts() if item[1] == context.prompt_id), None)
     return {"node": context.node_id, "prompt": context.prompt_id, "workflow": workflow}
-
-
-def _running() -> Sequence[tuple]:
-    """The prompts that ComfyUI is executing: (number, prompt id, prompt, extra data, ...)."""
-    return PromptServer.instance.prompt_queue.get_current_queue()[0]
 
 
 def _workflow_id(extra_data: dict[str, Any]) -> str | None:

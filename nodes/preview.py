@@ -1,4 +1,4 @@
-"""The nodes that show a report: FP8 Error Histogram and FP8 Layer Report."""
+"""The nodes that show a report: Error Histogram and Layer Report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..kernels.figures import error_histogram, layer_report
 from ..kernels.report import table as report_table
 from ..kernels.selection.patterns import Pattern, PatternSet, check_length
 from .options import patterns, report_input, size_inputs, with_choices
-from .pictures import draw_image
+from .pictures import draw_image, theme_input
 from .progress import JobProgress
 from .schema import CATEGORY, newer
 
@@ -66,9 +66,9 @@ class StochasticFP8ErrorHistogram(io.ComfyNode):
         return newer(
             io.Schema,
             node_id="StochasticFP8ErrorHistogram",
-            display_name="FP8 Error Histogram",
+            display_name="Error Histogram",
             category=CATEGORY,
-            search_aliases=["fp8 error", "quantization error", "sqnr"],
+            search_aliases=["fp8 histogram", "quantization error", "sqnr"],
             description=(
                 "Shows how far quantization moved the weights: in steps of the FP8 grid, relative to the largest "
                 "weight, and as values before and after. Thin lines show the theory. Look closer where the bars "
@@ -99,6 +99,7 @@ class StochasticFP8ErrorHistogram(io.ComfyNode):
                     tooltip="The largest number of images when 'layers' is set to 'worst' or 'pattern'.",
                 ),
                 *size_inputs(1024, 480),
+                theme_input(),
             ],
             outputs=[
                 io.Image.Output(
@@ -109,7 +110,7 @@ class StochasticFP8ErrorHistogram(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, report, layers, pattern="", count=5, width=1024, height=480):
+    def execute(cls, report, layers, pattern="", count=5, width=1024, height=480, theme="dark"):
         picked = choose(PICKS, layers, "layers")(report, pattern)[:count] if report.layers else []
         if not picked:
             raise ValueError(f"no layer of {report.source} was quantized: there is nothing to show")
@@ -117,14 +118,14 @@ class StochasticFP8ErrorHistogram(io.ComfyNode):
         images = []
         for done, group in enumerate(picked):
             progress(done, len(picked), group[0].key)
-            images.append(_histogram(report, group, width, height))
+            images.append(_histogram(report, group, width, height, theme))
         progress(len(picked), len(picked), "")
         image = torch.cat(images)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
-def _histogram(report: Report, layers: Sequence[LayerReport], width: int, height: int) -> torch.Tensor:
-    return draw_image(lambda: error_histogram(report, layers, width=width, height=height))
+def _histogram(report: Report, layers: Sequence[LayerReport], width: int, height: int, theme: str) -> torch.Tensor:
+    return draw_image(lambda: error_histogram(report, layers, width=width, height=height), theme)
 
 
 class StochasticFP8LayerReport(io.ComfyNode):
@@ -135,15 +136,15 @@ class StochasticFP8LayerReport(io.ComfyNode):
         return newer(
             io.Schema,
             node_id="StochasticFP8LayerReport",
-            display_name="FP8 Layer Report",
+            display_name="Layer Report",
             category=CATEGORY,
-            search_aliases=["fp8 report", "layer error", "sqnr table"],
+            search_aliases=["fp8 report", "fp8 layers", "layer error", "sqnr table"],
             description=(
-                "Shows the error of each layer along the network, names the layers with the lowest SQNR, and adds up "
-                "the sizes before and after. If the image suffers, put the names of those layers into 'keep' of the "
+                "Shows the error of each layer along the network, says whether layers stand out, and adds up the sizes "
+                "before and after. If the image suffers, put the names of layers that stand out into 'keep' of the "
                 "quantize node."
             ),
-            inputs=[report_input(), *size_inputs(1024, 768)],
+            inputs=[report_input(), *size_inputs(1024, 768), theme_input()],
             outputs=[
                 io.Image.Output(
                     id="IMAGE", display_name="image", tooltip="The error of each layer, and the sizes before and after."
@@ -163,7 +164,7 @@ class StochasticFP8LayerReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, report, width=1024, height=768):
-        image = draw_image(lambda: layer_report(report, width=width, height=height))
+    def execute(cls, report, width=1024, height=768, theme="dark"):
+        image = draw_image(lambda: layer_report(report, width=width, height=height), theme)
         markdown, json = report_table.to_markdown(report), report_table.to_json(report)
         return io.NodeOutput(image, markdown, json, ui=ui.PreviewImage(image, cls=cls))

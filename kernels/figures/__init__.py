@@ -8,12 +8,14 @@ from .image_sheet import image_sheet
 from .layer_report import layer_report
 from .roundings import check_comparison_size, comparison_figure
 from .size_quality import size_quality_figure
-from .style import save_png, to_image
+from .style import THEMES, drawn_in, save_png, to_image
 
 __all__ = [
+    "THEMES",
     "activation_probe_figure",
     "check_comparison_size",
     "comparison_figure",
+    "drawn_in",
     "error_histogram",
     "image_sheet",
     "inspection_sheet",

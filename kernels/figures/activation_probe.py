@@ -9,11 +9,12 @@ import numpy as np
 from .. import display
 from ..studies.activation_probe import INPUT, OUTPUT, Probe
 from .style import (
-    DARK_BLUE,
     FAINT,
+    FAINT_BLUE,
+    GREY,
     INK,
-    LIGHT_BLUE,
     ORANGE,
+    STRONG_BLUE,
     add_panels,
     grid_area,
     house_style,
@@ -44,7 +45,7 @@ def activation_probe_figure(probe: Probe, *, width: int = 1024, height: int = 76
     write_caption(
         figure,
         *([f"The difference grows most in {worst}."] if worst else []),
-        f"What the model returns differs by {display.share(probe.means[-1])}, over all steps.",
+        f"The outputs of the models differ by {display.share(probe.means[-1])} over all steps.",
     )
     return figure
 
@@ -55,7 +56,7 @@ def draw_lines(figure: Figure, axes: Axes, probe: Probe) -> None:
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
     steps = len(probe.differences)
-    colours = LinearSegmentedColormap.from_list("steps", (LIGHT_BLUE, DARK_BLUE))
+    colours = LinearSegmentedColormap.from_list("steps", (FAINT_BLUE, STRONG_BLUE))
     places = np.arange(len(probe.blocks))
     for step, differences in enumerate(probe.differences):
         values = np.where(np.array(differences) > 0, 100 * np.array(differences), np.nan)
@@ -79,10 +80,10 @@ def draw_lines(figure: Figure, axes: Axes, probe: Probe) -> None:
 def draw_growth(axes: Axes, probe: Probe) -> None:
     """Bars of the growth in each block; the worst ones stand out."""
     worst = set(probe.worst)
-    colours = [ORANGE if i in worst else FAINT for i in range(len(probe.blocks))]
+    colours = [ORANGE if i in worst else GREY for i in range(len(probe.blocks))]
     axes.bar(np.arange(len(probe.blocks)), 100 * np.array(probe.rises), color=colours, width=0.7)
     axes.set(ylabel="growth (% of RMS)")
-    axes.set_title("Growth of the difference in each block (root mean square over the steps; the largest are orange)")
+    axes.set_title("Growth of the difference in each block (root mean square over the steps; orange: largest)")
     axes.set_ylim(0, 1.05 * 100 * max(probe.rises) or 1)
     axes.grid(axis="x", visible=False)
     shown = _labelled(probe)

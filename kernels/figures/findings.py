@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .. import display
 from ..selection.presets import PRESETS
 from ..state_dict.compatibility import CANNOT_TELL, DEGRADED, EXACT
-from ..state_dict.inspection import ERROR, NOTE, WARNING, Inspection
+from ..state_dict.findings import ERROR, NOTE, WARNING, Inspection
 from .style import (
     BLUE,
     GREEN,

@@ -1,37 +1,51 @@
-"""FP8 Layer Report: the quantization error of each layer along the network, and the sizes before and after."""
+"""Layer Report: the quantization error of each layer along the network, and the sizes before and after."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import display
 from ..numerics.error_statistics import ErrorStatistics
-from ..report.report import LayerReport, Measured, Report, with_statistics
+from ..report.report import (
+    Calibrated,
+    LayerReport,
+    Measured,
+    Report,
+    standing_out,
+    with_output_errors,
+    with_statistics,
+)
 from ..report.table import KEPT, describe_output_error, layer_kind, sizes_by_kind
 from .histogram import describe_recipe
 from .style import (
     BLUE,
-    DARK_BLUE,
     FAINT,
+    FAINT_BLUE,
+    FAINT_VERMILION,
     GREEN,
+    GREY,
     INK,
-    LIGHT_BLUE,
     MARGIN,
     ORANGE,
     PANEL,
     PAPER,
     PURPLE,
     RULE,
+    STRONG_BLUE,
+    STRONG_VERMILION,
+    VERMILION,
     WIDTH_INCHES,
     add_panels,
     grid_area,
     house_style,
+    ink_on,
     new_figure,
     write_caption,
     write_inside,
@@ -42,10 +56,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KIND_COLOURS = {"attention": BLUE, "MLP": ORANGE, "modulation": GREEN, "other": PURPLE, KEPT: "#b5bcc4"}
+KIND_COLOURS = {"attention": BLUE, "MLP": ORANGE, "modulation": GREEN, "other": PURPLE, KEPT: GREY}
 ROOMY = 0.7
 """Height over width from which the panel of output errors fits."""
 WORST = 5
+NUMBER_SIZE = 9
+"""Height of the number beside a dot in points."""
+NUMBER_OFFSETS = np.array([(0, -12), (12, 0), (-12, 0), (10, -10), (-10, -10), (10, 10), (-10, 10), (0, 12)])
+"""Where a number can be, from its dot, in points; the best place first."""
 LEAST_RANGE = 3
 """Smallest range of the SQNR axis in dB, so that small differences look small."""
 LEAST_FACTOR = 10
@@ -55,38 +73,79 @@ LOG_STEPS = {30: (1, 2, 5), 600: (1, 3), math.inf: (1,)}
 STRIP_COLUMNS = 512
 LEAST_SHARE = 1e-6
 """The low end of the colour scale."""
-STRIP_COLOURS = ("#fbdcc8", "#d55e00", "#4a1d00")
+STRIP_COLOURS = (FAINT_VERMILION, VERMILION, STRONG_VERMILION)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The worst layers by what counts most for the image, worst first, and how many stand out from the others."""
+
+    measure: str
+    """Such as "Lowest SQNR"."""
+    layers: Sequence[LayerReport]
+    values: Sequence[str]
+    """Of each of `layers`."""
+    outstanding: int
+
+    @property
+    def marked(self) -> Sequence[LayerReport]:
+        """Those of `layers` that stand out."""
+        return self.layers[: self.outstanding]
+
+    @property
+    def heading(self) -> str:
+        if not self.outstanding:
+            return "No layer stands out" if self.layers else "Nothing was lost"
+        return f"{display.count(self.outstanding, 'layer')} stand{'s' if self.outstanding == 1 else ''} out"
 
 
 @house_style()
 def layer_report(report: Report, *, width: int = 1024, height: int = 768) -> Figure:
     """SQNR of each layer along the network, shares of saturated and flushed values, and sizes before and after.
 
-    If layers were calibrated and the height is ROOMY times the width, the predicted output errors too.
-    Raises ValueError if no layer has statistics.
+    If layers were calibrated, their predicted output errors come first. If the height is below ROOMY times the width,
+    they come instead of the SQNR. Raises ValueError if no layer has statistics.
     """
     layers = in_order_of_depth(entry for entry in with_statistics(report.layers) if entry[1].count)
     if not layers:
         raise ValueError(f"{report.source}: the report has no error statistics; quantize with statistics on")
-    worst = [entry for entry in with_statistics(report.worst(WORST)) if math.isfinite(entry[1].sqnr)]
+    calibrated = bool(with_output_errors(layer for layer, _ in layers))
     figure = new_figure(width, height, lowest=0.6)
     area = grid_area(figure, left=0.95, right=3.35, top=1.1, bottom=2.75)
-    calibrated = any(layer.output_error for layer, _ in layers)
-    quality, *outputs, strip = _panels_along_depth(figure, area, calibrated and height >= ROOMY * width)
-    draw_quality(quality, layers, worst)
-    for axes in outputs:
-        draw_output_errors(axes, [layer for layer, _ in layers])
+    *panels, strip = _panels_along_depth(figure, area, with_both=calibrated and height >= ROOMY * width)
+    ranking = rank_by_output_error(report) if calibrated else rank_by_sqnr(report)
+    dots = draw_output_errors(panels[0], [layer for layer, _ in layers]) if calibrated else {}
+    if not calibrated or len(panels) > 1:
+        sqnr = draw_quality(panels[-1], layers)
+        dots = dots or sqnr
+    mark(panels[0], [dots[layer.key] for layer in ranking.marked if layer.key in dots])
     draw_losses(strip, [error for _, error in layers])
     (sizes,) = add_panels(figure, 1, 1, _sizes_area(figure))
     draw_sizes(sizes, report)
-    list_worst(figure, quality, worst)
+    write_ranking(figure, panels[0], ranking)
     write_titles(figure, report.source, describe_recipe(report.recipe))
-    write_caption(figure, *filter(None, (summary(layers), output_summary(report), size_summary(report))))
+    write_caption(figure, *filter(None, (output_summary(report), summary(layers), size_summary(report))))
     return figure
 
 
-def _panels_along_depth(figure: Figure, area: dict[str, float], with_outputs: bool) -> Sequence[Axes]:
-    if not with_outputs:
+def rank_by_sqnr(report: Report) -> Ranking:
+    lossy = [entry for entry in with_statistics(report.worst(len(report.layers))) if math.isfinite(entry[1].sqnr)]
+    outstanding = standing_out([error.sqnr for _, error in with_statistics(report.layers) if error.count])
+    worst = lossy[:WORST]
+    values = [display.decibels(error.sqnr) for _, error in worst]
+    return Ranking("Lowest SQNR", [layer for layer, _ in worst], values, len(outstanding))
+
+
+def rank_by_output_error(report: Report) -> Ranking:
+    errors = [error.chosen for _, error in with_output_errors(report.layers)]
+    levels = [-20 * math.log10(error) if error else math.inf for error in errors]
+    worst: Sequence[Calibrated] = [entry for entry in report.worst_outputs(WORST) if entry[1].chosen]
+    values = [f"{display.share(error.chosen)} of output" for _, error in worst]
+    return Ranking("Largest error", [layer for layer, _ in worst], values, len(standing_out(levels)))
+
+
+def _panels_along_depth(figure: Figure, area: dict[str, float], *, with_both: bool) -> Sequence[Axes]:
+    if not with_both:
         return add_panels(figure, 2, 1, area, sharex=True, height_ratios=(5, 1), hspace=0.1)
     gap = 0.45 / (figure.get_figheight() * (area["top"] - area["bottom"]))
     heights = (0.48 - gap / 2, gap, 0.36 - gap / 2, 0.04, 0.12)
@@ -104,20 +163,23 @@ def _name_order(key: str) -> list[tuple[str, int]]:
     return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", key)]
 
 
-def draw_quality(axes: Axes, layers: Sequence[Measured], worst: Sequence[Measured]) -> None:
+Dots = dict[str, tuple[float, float]]
+"""Tensor key -> where the layer's dot is in its panel."""
+
+
+def draw_quality(axes: Axes, layers: Sequence[Measured]) -> Dots:
     """One dot per layer at its SQNR, coloured by kind. Lossless layers are triangles at the upper edge."""
     values = np.array([error.sqnr for _, error in layers])
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0, 40)
     middle, room = (low + high) / 2, max(high - low, LEAST_RANGE)
-    low, high = middle - 0.85 * room, middle + 0.7 * room
+    low, high = middle - 0.68 * room, middle + 0.68 * room
     places = np.arange(1, len(layers) + 1)
     kinds = np.array([layer_kind(layer.key) for layer, _ in layers])
     for kind, colour in KIND_COLOURS.items():
         dots = (kinds == kind) & np.isfinite(values)
         if dots.any():
-            area = min(max(6000 / len(layers), 9), 36)
-            axes.scatter(places[dots], values[dots], s=area, color=colour, linewidths=0, label=kind)
+            axes.scatter(places[dots], values[dots], s=_dot_area(len(layers)), color=colour, linewidths=0, label=kind)
         lossless = (kinds == kind) & np.isinf(values)
         if lossless.any():
             axes.scatter(
@@ -130,50 +192,55 @@ def draw_quality(axes: Axes, layers: Sequence[Measured], worst: Sequence[Measure
         axes.set_yticks(())
     axes.set_title("Signal-to-quantization-noise ratio (SQNR) of each layer")
     axes.tick_params(labelbottom=False, bottom=False)
-    _number_worst(axes, layers, worst)
+    return {layer.key: (place, error.sqnr) for place, (layer, error) in enumerate(layers, 1)}
 
 
-def _number_worst(axes: Axes, layers: Sequence[Measured], worst: Sequence[Measured]) -> None:
-    """Numbers along the lower edge, with lines to the dots of the worst layers."""
-    places = {layer.key: place for place, (layer, _) in enumerate(layers, 1)}
-    ranked = sorted((places[layer.key], error.sqnr, rank) for rank, (layer, error) in enumerate(worst, 1))
-    low, high = axes.get_ylim()
-    row = low + 0.07 * (high - low)
-    span = len(layers)
-    for spot, (place, sqnr, rank) in zip(spread([x for x, *_ in ranked], span), ranked, strict=True):
-        axes.plot((place, spot), (sqnr, row), color=FAINT, linewidth=0.7, zorder=0.9)
-        badge = {"boxstyle": "circle,pad=0.25", "facecolor": INK, "edgecolor": "none"}
-        axes.text(spot, row, str(rank), color=PAPER, size=7.5, weight="bold", ha="center", va="center", bbox=badge)
+def _dot_area(layers: int) -> float:
+    """In points²."""
+    return min(max(6000 / layers, 9), 36)
 
 
-def spread(places: Sequence[float], layers: int) -> list[float]:
-    """Ascending places on an axis from 0.5 to layers + 0.5, moved apart so that labels there do not overlap."""
-    gap = layers * 0.045
-    spots: list[float] = []
-    for place in places:
-        spots.append(max(place, spots[-1] + gap) if spots else place)
-    limit = layers + 0.5 - gap / 2
-    for i in reversed(range(len(spots))):
-        spots[i] = min(spots[i], limit)
-        limit = spots[i] - gap
-    return spots
+def mark(axes: Axes, dots: Sequence[tuple[float, float]]) -> None:
+    """Rings around dots, and beside each its rank, where it covers no other of them."""
+    if not dots:
+        return
+    x, y = zip(*dots, strict=True)
+    axes.scatter(x, y, s=70, facecolors="none", edgecolors=INK, linewidths=1.1, zorder=4)
+    centres = axes.transData.transform(dots) * 72 / axes.figure.dpi
+    inside = axes.get_window_extent().padded(-NUMBER_SIZE * axes.figure.dpi / 72)
+    taken = [tuple(centre) for centre in centres]
+    for rank, (dot, centre) in enumerate(zip(dots, centres, strict=True), 1):
+        spots = [(offset, tuple(centre + offset)) for offset in NUMBER_OFFSETS]
+        free = [
+            (offset, spot)
+            for offset, spot in spots
+            if all(math.dist(spot, other) > NUMBER_SIZE for other in taken)
+            and inside.contains(*np.multiply(spot, axes.figure.dpi / 72))
+        ]
+        offset, spot = (free or spots)[0]
+        taken.append(spot)
+        options: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "center", "weight": "bold"}
+        axes.annotate(str(rank), dot, offset, size=NUMBER_SIZE, **options)
 
 
-def list_worst(figure: Figure, beside: Axes, worst: Sequence[Measured]) -> None:
-    """The names of the numbered layers, to the right of a panel."""
+def write_ranking(figure: Figure, beside: Axes, ranking: Ranking) -> None:
+    """The names of the worst layers, to the right of a panel. Those that stand out have the numbers of their dots."""
     box = beside.get_position()
     left, line = box.x1 + 0.25 / WIDTH_INCHES, 1 / figure.get_figheight()
     top = box.y1 + 0.08 * line
-    figure.text(left, top, "Lowest SQNR" if worst else "Nothing was lost", weight="bold", size=10.5, va="bottom")
-    for rank, (layer, error) in enumerate(worst, 1):
-        y = top - (0.42 * rank - 0.3) * line
-        figure.text(left, y, f"{rank}", weight="bold", size=9, va="top")
-        figure.text(left + 0.02, y, f"{display.decibels(error.sqnr)}, {layer_kind(layer.key)}", size=9, va="top")
+    figure.text(left, top, ranking.heading, weight="bold", size=10.5, va="bottom")
+    if ranking.layers:
+        figure.text(left, top - 0.05 * line, f"{ranking.measure}:", size=9, va="top")
+    for rank, (layer, value) in enumerate(zip(ranking.layers, ranking.values, strict=True), 1):
+        y = top - (0.38 * rank - 0.12) * line
+        if rank <= ranking.outstanding:
+            figure.text(left, y, f"{rank}", weight="bold", size=9, va="top")
+        figure.text(left + 0.02, y, f"{value}, {layer_kind(layer.key)}", size=9, va="top")
         name = display.shorten_middle(display.printable(layer.key.removesuffix(".weight")), 38)
-        figure.text(left + 0.02, y - 0.17 * line, name, size=8, color=FAINT, va="top")
+        figure.text(left + 0.02, y - 0.16 * line, name, size=8, color=FAINT, va="top")
 
 
-def draw_output_errors(axes: Axes, layers: Sequence[LayerReport]) -> None:
+def draw_output_errors(axes: Axes, layers: Sequence[LayerReport]) -> Dots:
     """Two connected dots per calibrated layer on a log axis: its output error with nearest, and with calibrated.
 
     Errors of 0 are triangles at the lower edge.
@@ -183,14 +250,14 @@ def draw_output_errors(axes: Axes, layers: Sequence[LayerReport]) -> None:
     calibrated = [(place, layer.output_error) for place, layer in enumerate(layers, 1) if layer.output_error]
     places = np.array([place for place, _ in calibrated])
     drawn = {
-        "nearest": (LIGHT_BLUE, np.array([100 * error.nearest for _, error in calibrated])),
-        "calibrated": (DARK_BLUE, np.array([100 * error.chosen for _, error in calibrated])),
+        "nearest": (FAINT_BLUE, np.array([100 * error.nearest for _, error in calibrated])),
+        "calibrated": (STRONG_BLUE, np.array([100 * error.chosen for _, error in calibrated])),
     }
     low, high = _log_range(np.concatenate([values for _, values in drawn.values()]))
     edge = low * (high / low) ** 0.05
-    area = min(max(6000 / len(layers), 9), 36)
+    area = _dot_area(len(layers))
     (_, above), (_, below) = drawn.values()
-    axes.vlines(places, np.maximum(below, edge), np.maximum(above, edge), color=LIGHT_BLUE, linewidth=1, zorder=1)
+    axes.vlines(places, np.maximum(below, edge), np.maximum(above, edge), color=FAINT_BLUE, linewidth=1, zorder=1)
     for label, (colour, values) in drawn.items():
         lossy = values > 0
         axes.scatter(places[lossy], values[lossy], s=area, color=colour, linewidths=0, label=label)
@@ -198,7 +265,7 @@ def draw_output_errors(axes: Axes, layers: Sequence[LayerReport]) -> None:
             axes.scatter(places[~lossy], [edge] * (~lossy).sum(), s=26, color=colour, marker="v")
     if not below.all():
         write_inside(axes, f"▼ no error: {(below == 0).sum()}", 0.01, 0.14, ha="left")
-    axes.set(yscale="log", ylim=(low, high), ylabel="error (% of output)")
+    axes.set(yscale="log", xlim=(0.5, len(layers) + 0.5), ylim=(low, high), ylabel="error (% of output)")
     steps = next(steps for widest, steps in LOG_STEPS.items() if high / low < widest)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -206,6 +273,7 @@ def draw_output_errors(axes: Axes, layers: Sequence[LayerReport]) -> None:
     axes.set_title("Predicted error of each layer's output")
     axes.tick_params(labelbottom=False, bottom=False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1, handletextpad=0.2)
+    return {layers[place - 1].key: (place, max(100 * error.chosen, edge)) for place, error in calibrated}
 
 
 def _log_range(values: np.ndarray) -> tuple[float, float]:
@@ -234,7 +302,7 @@ def draw_losses(axes: Axes, errors: Sequence[ErrorStatistics]) -> None:
     if not shares.any():
         write_inside(axes, "no value saturated or was flushed to zero")
         return
-    scale = axes.inset_axes((1.06, 0.45, 0.36, 0.25))
+    scale = axes.inset_axes((1.06, 0.0, 0.36, 0.25))
     bar = axes.figure.colorbar(mesh, cax=scale, orientation="horizontal", ticks=(1e-6, 1e-4, 1e-2, 1))
     bar.ax.set_xticklabels(("0.0001", "0.01", "1", "100 %"))
     bar.ax.minorticks_off()
@@ -261,7 +329,7 @@ def draw_sizes(axes: Axes, report: Report) -> None:
             label = kind if row == 0 and size else None
             axes.barh(row, size, left=start, color=colour, height=0.72, edgecolor=PAPER, linewidth=1, label=label)
             if size > 0.07 * total:
-                ink = INK if kind in ("MLP", "other", KEPT) else PAPER
+                ink = ink_on(colour)
                 axes.text(start + size / 2, row, display.bytes(size), ha="center", va="center", size=8.5, color=ink)
             start += size
         axes.text(start + 0.008 * total, row, display.bytes(start), va="center", size=9.5, weight="bold")

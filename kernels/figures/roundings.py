@@ -1,8 +1,9 @@
-"""Compare FP8 Roundings: error and bias of every rounding in both formats, as boxes over layers."""
+"""Compare FP8 Roundings: which to choose, and error and bias of each in both formats, as boxes over layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from .. import display
 from ..numerics.formats import FORMATS
+from ..numerics.rounding import ROUNDINGS
 from ..studies.advice import describe_sample, describe_unseen, recommendations
 from ..studies.comparison import Comparison, Trial
 from .style import (
@@ -19,6 +21,7 @@ from .style import (
     INK,
     ORANGE,
     RULE,
+    WIDTH_INCHES,
     add_panels,
     check_size,
     grid_area,
@@ -26,6 +29,7 @@ from .style import (
     new_figure,
     write_caption,
     write_inside,
+    write_lead,
     write_titles,
 )
 
@@ -34,44 +38,61 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT_COLOURS = dict(zip(FORMATS, (BLUE, ORANGE), strict=True))
-BOX_WIDTH, FORMAT_GAP = 0.26, 0.36
+BOX_WIDTH, FORMAT_GAP = 0.22, 0.3
 CHANCE = 2
 """Standard errors. The mean error of an unbiased rounding lies within them in 95 % of the layers."""
+OTHERS = "other mechanisms"
+"""The stochastic roundings besides `stochastic`, which have its distribution, in one column."""
 
 
 @house_style()
 def comparison_figure(comparison: Comparison, *, width: int = 1024, height: int = 832) -> Figure:
-    """Three panels over the roundings: weight error, bias, and systematic error.
+    """The advice, and three panels over the roundings: weight error, bias, and systematic error.
 
-    With a calibration, a fourth panel on top: the error of the layer outputs.
+    With a calibration, a fourth panel before them: the error of the layer outputs.
     """
     calibrated = comparison.calibration is not None
     figure = new_figure(width, height, _lowest(calibrated))
-    area = grid_area(figure, left=0.85, right=0.35, top=1.15, bottom=2.0 if calibrated else 1.35)
+    write_titles(figure, f"{comparison.source}: which rounding?")
+    top = write_lead(figure, *recommendations(comparison), *filter(None, [describe_unseen(comparison)]))
+    area = grid_area(figure, left=0.85, right=0.35, top=top + 0.42, bottom=0.95)
     panels = add_panels(figure, 3 + calibrated, 1, area, sharex=True, hspace=0.5 if calibrated else 0.42)
+    _write_legend(figure, top + 0.37)
     rmse, bias, systematic = panels[-3:]
     if calibrated:
         draw_output_errors(panels[0], comparison)
     draw_boxes(rmse, comparison, lambda trial: 100 * np.array(trial.relative_rmse))
-    rmse.set(ylabel="RMSE (% of RMS)")
+    rmse.set(ylabel="% of RMS")
     rmse.set_title("Error of the weights")
     draw_boxes(bias, comparison, lambda trial: np.array(trial.bias_in_standard_errors))
     draw_chance(bias)
     draw_boxes(systematic, comparison, lambda trial: 100 * np.array(trial.systematic))
-    systematic.set(ylabel="RMSE (% of RMS)", xlim=(-0.5, len(comparison.roundings) - 0.5))
+    names = columns(comparison)
+    systematic.set(ylabel="% of RMS", xlim=(-0.5, len(names) - 0.5))
     systematic.set_title("Systematic error (what averaging over many seeds cannot remove)")
-    systematic.set_xticks(range(len(comparison.roundings)), comparison.roundings, size=9.5)
+    systematic.set_xticks(range(len(names)), [_column_label(*column) for column in names.items()], size=9.5)
     for axes in (rmse, systematic):
         axes.set_ylim(0, 1.3 * axes.dataLim.y1 or 1)
-    _write_legend(figure)
-    write_titles(
+    write_caption(
         figure,
-        f"{comparison.source}: every rounding in both formats",
         f"{describe_sample(comparison)} · scaling {comparison.scaling} · seed {comparison.seed} · "
         "box: middle half of the layers, whiskers: all layers, number: median",
     )
-    write_caption(figure, *recommendations(comparison), describe_unseen(comparison))
     return figure
+
+
+def columns(comparison: Comparison) -> dict[str, list[str]]:
+    """Name of a column -> the roundings in it."""
+    names: dict[str, list[str]] = {}
+    for rounding in comparison.roundings:
+        known = ROUNDINGS.get(rounding)
+        folded = known is not None and known.stochastic and rounding != "stochastic"
+        names.setdefault(OTHERS if folded else rounding, []).append(rounding)
+    return names
+
+
+def _column_label(name: str, roundings: Sequence[str]) -> str:
+    return name if name != OTHERS else f"{name}:\n{', '.join(roundings)}"
 
 
 def check_comparison_size(width: int, height: int, *, calibrated: bool) -> None:
@@ -85,7 +106,7 @@ def _lowest(calibrated: bool) -> float:
 
 def draw_output_errors(axes: Axes, comparison: Comparison) -> None:
     """Boxes over the layers that are in the calibration."""
-    axes.set(ylabel="RMSE (% of RMS)")
+    axes.set(ylabel="% of RMS")
     axes.set_title("Error of the layer outputs on recorded inputs")
     if not any(comparison.calibrated_layers):
         write_inside(axes, "none of these layers is in the calibration")
@@ -98,12 +119,12 @@ def draw_output_errors(axes: Axes, comparison: Comparison) -> None:
 
 
 def draw_boxes(axes: Axes, comparison: Comparison, values: Callable[[Trial], np.ndarray]) -> None:
-    """One box per trial: grouped by rounding, coloured by format, with the median above."""
-    formats = list(FORMATS)
-    for trial in comparison.trials:
-        place = comparison.roundings.index(trial.rounding) + FORMAT_GAP * (formats.index(trial.format) - 0.5)
-        colour = FORMAT_COLOURS[trial.format]
-        data = values(trial)
+    """One box per column and format, coloured by format, with the median above."""
+    names = columns(comparison)
+    for (i, roundings), (j, format) in product(enumerate(names.values()), enumerate(FORMATS)):
+        trials = [trial for trial in comparison.trials if trial.format == format and trial.rounding in roundings]
+        place, colour = i + FORMAT_GAP * (j - 0.5), FORMAT_COLOURS[format]
+        data = np.concatenate([values(trial) for trial in trials])
         axes.boxplot(
             [data],
             positions=[place],
@@ -116,10 +137,16 @@ def draw_boxes(axes: Axes, comparison: Comparison, values: Callable[[Trial], np.
             whiskerprops={"color": colour},
             capprops={"color": colour},
         )
-        label = display.number(round(median(data), 2))
-        axes.annotate(label, (place, data.max()), (0, 3), textcoords="offset points", ha="center", size=8.5)
+        axes.annotate(
+            display.fixed(median(data), 2),
+            (place, data.max()),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            size=8.5,
+        )
     axes.grid(axis="x", visible=False)
-    for boundary in range(1, len(comparison.roundings)):
+    for boundary in range(1, len(names)):
         axes.axvline(boundary - 0.5, color=RULE, linewidth=0.8)
     axes.tick_params(axis="x", length=0)
 
@@ -134,9 +161,10 @@ def draw_chance(axes: Axes) -> None:
     axes.set_title(f"Bias: mean error in standard errors, RMSE / √n (band: ±{CHANCE}, no bias)")
 
 
-def _write_legend(figure: Figure) -> None:
+def _write_legend(figure: Figure, bottom: float) -> None:
+    """The colours of the formats. bottom: inches from the top of the figure."""
     from matplotlib.patches import Patch
 
     patches = [Patch(facecolor=colour, alpha=0.7, label=format) for format, colour in FORMAT_COLOURS.items()]
-    height = figure.get_figheight()
-    figure.legend(handles=patches, loc="upper right", bbox_to_anchor=(0.97, 1 - 0.72 / height), ncols=2, borderpad=0)
+    where = (1 - 0.35 / WIDTH_INCHES, 1 - bottom / figure.get_figheight())
+    figure.legend(handles=patches, loc="lower right", bbox_to_anchor=where, ncols=2, borderpad=0, borderaxespad=0)

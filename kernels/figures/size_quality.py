@@ -1,4 +1,4 @@
-"""FP8 Size and Quality: predicted quality against file size, and which kinds of layers stay in 16 bits."""
+"""Size and Quality: predicted quality against file size, and which kinds of layers stay in 16 bits."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _caption(study: SizeQuality) -> list[str]:
     texts = []
     if same_size:
         texts.append(
-            f"{best.rounding} at the size of the preset ({display.bytes(preset.nbytes)}): predicted "
+            f"Predicted at the size of the preset ({display.bytes(preset.nbytes)}) for {best.rounding}: "
             f"{display.decibels(max(same_size))} with layers measured, {display.decibels(preset.decibels)} with auto."
         )
     first = study.kinds[0]

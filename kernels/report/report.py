@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import quantiles
 
 from ..numerics.error_statistics import ErrorStatistics, merge
 from ..numerics.output_error import OutputError
@@ -12,6 +13,9 @@ from ..recipe import Recipe
 from ..selection.reasons import Reason
 
 REPORT_VERSION = 1
+
+TWICE_THE_ERROR = 20 * math.log10(2)
+"""Difference of two levels in dB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,15 @@ Measured = tuple[LayerReport, ErrorStatistics]
 def with_statistics(layers: Iterable[LayerReport]) -> list[Measured]:
     """The layers that have error statistics, with these."""
     return [(layer, layer.error) for layer in layers if layer.error is not None]
+
+
+Calibrated = tuple[LayerReport, OutputError]
+"""A layer and the predicted error of its output."""
+
+
+def with_output_errors(layers: Iterable[LayerReport]) -> list[Calibrated]:
+    """The layers that were calibrated, with these."""
+    return [(layer, layer.output_error) for layer in layers if layer.output_error is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,24 @@ class Report:
         ranked = [(error.sqnr, layer.key, layer) for layer, error in with_statistics(self.layers) if error.count]
         ranked.sort(key=lambda entry: entry[:2])
         return tuple(layer for *_, layer in ranked[:n])
+
+    def worst_outputs(self, n: int = 5) -> list[Calibrated]:
+        """The n calibrated layers with the largest predicted error of their output, largest first."""
+        return sorted(with_output_errors(self.layers), key=lambda entry: (-entry[1].chosen, entry[0].key))[:n]
+
+
+def standing_out(levels: Sequence[float]) -> list[int]:
+    """Places of the levels, in dB, that are far below the others; worst first.
+
+    Far below: 6 dB below the median, which is twice the error, and 1.5 interquartile ranges below the lower quartile.
+    """
+    finite = [level for level in levels if math.isfinite(level)]
+    if len(finite) < 2:
+        return []
+    highest = max(finite)
+    low, middle, high = quantiles([min(level, highest) for level in levels], n=4, method="inclusive")
+    limit = min(middle - TWICE_THE_ERROR, low - 1.5 * (high - low))
+    return sorted((i for i, level in enumerate(levels) if level < limit), key=lambda i: levels[i])
 
 
 def join_reports(reports: Iterable[Report], source: str) -> Report:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from .. import display
-from .report import LayerReport, Report
+from .report import LayerReport, Report, with_output_errors
 
 KEPT = "kept"
 KINDS = {
@@ -51,7 +51,7 @@ def sizes_by_kind(report: Report) -> dict[str, tuple[int, int]]:
 
 def describe_output_error(report: Report) -> str:
     """The predicted error of the layer outputs, and with nearest, as a phrase; "" if no layer was calibrated."""
-    errors = [layer.output_error for layer in report.layers if layer.output_error]
+    errors = [error for _, error in with_output_errors(report.layers)]
     if not errors:
         return ""
     chosen = display.share(median(error.chosen for error in errors))

@@ -43,10 +43,14 @@ class Probe:
 
     @property
     def worst(self) -> list[int]:
-        """Places of the blocks in which the difference grows most, worst first. The input is not a block."""
+        """Places of the blocks in which the difference grows most, worst first: at most WORST, and a third of them.
+
+        The input is not a block.
+        """
         rises = self.rises
-        inner = [i for i in self._places if self.blocks[i] not in (INPUT, OUTPUT) and rises[i]]
-        return sorted(inner, key=lambda i: (-rises[i], i))[:WORST]
+        inner = [i for i in self._places if self.blocks[i] not in (INPUT, OUTPUT)]
+        most = max(1, min(WORST, len(inner) // 3))
+        return sorted(filter(lambda i: rises[i], inner), key=lambda i: (-rises[i], i))[:most]
 
     @property
     def _places(self) -> range:

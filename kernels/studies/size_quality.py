@@ -103,7 +103,7 @@ def study_sizes(weights: Weights, calibration: Calibration, format: str = "float
     sensitivity = calibration.sensitivity
     if sensitivity is None:
         raise CalibrationError(
-            "this calibration has no measured effects: measure them with FP8 Sensitivity, and connect its output"
+            "this calibration has no measured effects: measure them with Layer Sensitivity, and connect its output"
         )
     recipe = Recipe(format=format, rounding="nearest", layers="all_linear")
     job = Quantization(weights, recipe, calibration)

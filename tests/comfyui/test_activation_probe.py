@@ -1,4 +1,4 @@
-"""Activation Probe and FP8 Size and Quality in a real ComfyUI."""
+"""Activation Probe and Size and Quality in a real ComfyUI."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_models_of_two_classes_are_refused(bench):
     graph = Graph()
     scene = scene_of(graph)
     node = probe(graph, scene[0], bench.load(graph, "wan"), scene)
-    with pytest.raises(ExecutionError, match="model_a is a SD3 and model_b a WAN21: connect two versions of the same"):
+    with pytest.raises(ExecutionError, match="model_a is SD3 and model_b is WAN21: connect two versions of the same"):
         bench.server.queue(graph.prompt)
     assert node
 
@@ -106,4 +106,4 @@ def test_size_and_quality_needs_measured_effects(bench):
     inputs = {"model": scene[0], "positive": scene[1], "negative": scene[2], "latent_image": latent_of(graph)}
     recorded = graph.add("StochasticFP8Calibrate", **inputs, **SAMPLER, seed=1, runs=1)
     graph.add("StochasticFP8SizeQuality", model=scene[0], calibration=recorded)
-    assert "measure them with FP8 Sensitivity" in failing(bench, graph, recorded)
+    assert "measure them with Layer Sensitivity" in failing(bench, graph, recorded)

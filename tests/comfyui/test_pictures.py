@@ -94,9 +94,17 @@ def test_compare_recommends_from_the_models_weights(comfyui, graph):
     entry = comfyui.queue(graph.prompt)
     text = json.loads(entry["outputs"][shown.id]["text"][0])
     assert text.startswith("Choose nearest in float8_e4m3fn for weights closest to the original: its error is 2.6")
-    assert "SD3: 4 of 21 layers, evenly spaced, scaling absmax" in text
+    assert "tiny_sd3_landscapes.safetensors: 4 of 21 layers, evenly spaced, scaling absmax" in text
     assert text.count("| float8_e5m2 |") == 5
     assert comfyui.view(entry["outputs"][node.id]["images"][0]).size == (1024, 832)
+
+
+def test_theme_changes_the_paper(bench, graph):
+    curve = {"format": "float8_e5m2", "rounding": "nearest", "low": 0.0, "high": 1.0, "draws": 1}
+    nodes = [graph.add("StochasticFP8RoundingCurve", **curve, **theme) for theme in ({}, {"theme": "light"})]
+    dark, light = bench.run(graph, *(bench.keep(graph, node, as_="image") for node in nodes))
+    assert dark[0, 0, 0].max() < 0.2
+    assert light[0, 0, 0].min() == 1
 
 
 def test_rounding_curve(bench, graph):

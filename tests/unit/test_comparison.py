@@ -177,9 +177,10 @@ def error_of_the_output(key, quantized):
 
 
 def test_calibrated_is_one_of_the_roundings(calibrated):
-    assert calibrated.roundings == (*STOCHASTIC, "nearest", "calibrated")
+    first, *others = STOCHASTIC
+    assert calibrated.roundings == (first, "nearest", "calibrated", *others)
     assert len(calibrated.trials) == 12
-    assert compare_roundings(WEIGHTS.items()).roundings == (*STOCHASTIC, "nearest")
+    assert compare_roundings(WEIGHTS.items()).roundings == (first, "nearest", *others)
 
 
 @pytest.mark.parametrize("format", FORMATS)

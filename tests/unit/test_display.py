@@ -66,6 +66,12 @@ def test_number(x, expected):
 def test_shorten_middle():
     assert display.shorten_middle("short", 5) == "short"
     assert display.shorten_middle("abcdefghijklmnop", 10) == "abc…klmnop"
+    assert display.shorten_middle("风景模型", 8) == "风景模型"
+    assert display.shorten_middle("风景模型风景模型", 10) == "风…景模型"
+
+
+def test_fixed():
+    assert [display.fixed(x, 2) for x in (-0.2799, 2.6, -0.001, 0)] == ["−0.28", "2.60", "0.00", "0.00"]
 
 
 @pytest.mark.parametrize(

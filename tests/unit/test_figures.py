@@ -33,9 +33,9 @@ from stochastic_fp8_pack.kernels.figures import (
     to_image,
 )
 from stochastic_fp8_pack.kernels.figures.histogram import in_numbers, in_plain_words
-from stochastic_fp8_pack.kernels.figures.layer_report import in_order_of_depth, pool, spread
+from stochastic_fp8_pack.kernels.figures.layer_report import in_order_of_depth, pool
 from stochastic_fp8_pack.kernels.numerics.output_error import OutputError
-from stochastic_fp8_pack.kernels.report.report import with_statistics
+from stochastic_fp8_pack.kernels.report.report import standing_out, with_statistics
 from stochastic_fp8_pack.kernels.studies.comparison import compare_roundings
 from stochastic_fp8_pack.kernels.studies.rounding_curve import measure_rounding
 
@@ -191,7 +191,7 @@ def test_png_bytes_repeat(tmp_path):
     assert Image.open(tmp_path / "a.png").size == (1024, 480)
 
 
-# --- FP8 Error Histogram
+# --- Error Histogram
 
 
 def test_histogram_is_readable(report):
@@ -204,11 +204,37 @@ def test_histogram_bars_match_the_report():
     shares, edges, _ = axes.findobj(StepPatch)[0].get_data()
     counts = np.sum([layer.error.step_histogram for layer in report.layers], axis=0)
     total = sum(layer.error.count for layer in report.layers)
-    assert len(shares) == 41
-    assert shares.sum() == pytest.approx(100)
-    assert shares[20] == pytest.approx(100 * (counts[39] / 2 + counts[40] + counts[41] / 2) / total)
-    assert shares[0] == pytest.approx(100 * (counts[0] + counts[1] / 2) / total)
-    assert edges[20:22] == pytest.approx([-1 / 32, 1 / 32])
+    assert edges == pytest.approx(np.arange(-20, 21) / 16)
+    assert shares == pytest.approx(100 * np.delete(counts, 40).reshape(40, 2).sum(1) / total)
+    assert shares[19] == pytest.approx(100 * (counts[38] + counts[39]) / total)
+
+
+def test_values_without_error_are_a_line_at_0():
+    report = report_on({"blocks.0.weight": torch.tensor([1.0, 2.0, 3.3, 448.0])}, scaling="none")
+    axes = axes_of(error_histogram(report), "Error in FP8 steps")
+    (line,) = axes.collections[0].get_segments()
+    assert line.tolist() == [[0, 0], [0, 75]]
+    assert "at 0: 75 %" in texts(axes)
+    inexact = report_on({"blocks.0.weight": torch.full((64, 64), 3.3)}, scaling="none")
+    assert "at 0" not in texts(axes_of(error_histogram(inexact), "Error in FP8 steps"))
+
+
+def test_the_outermost_bars_say_what_they_hold():
+    report = saturating_report()
+    axes = axes_of(error_histogram(report), "Error in FP8 steps")
+    counts = report.layers[0].error.step_histogram
+    shares = [patch.get_data().values for patch in axes.findobj(StepPatch)[1:]]
+    assert shares == [pytest.approx([100 * sum(ends) / 4096]) for ends in (counts[:2], counts[-2:])]
+    assert f"beyond ±1.19:\n{100 * sum(counts[:2] + counts[-2:]) / 4096:.3g} %" in texts(axes)
+
+
+@pytest.mark.parametrize(("rounding", "limit"), [("nearest", 0.5), ("stochastic", 1)])
+def test_no_bar_is_outside_the_theory(rounding, limit):
+    axes = axes_of(error_histogram(small_report(rounding=rounding)), "Error in FP8 steps")
+    shares, edges, _ = axes.findobj(StepPatch)[0].get_data()
+    outside = (edges[:-1] < -limit) | (edges[1:] > limit)
+    assert not shares[outside].any()
+    assert shares[~outside].all()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +309,7 @@ def test_histogram_of_chosen_layers():
     assert "made_up.safetensors: 2 of 4 layers" in texts(figure)
     shares, _, _ = axes_of(figure, "Error in FP8 steps").findobj(StepPatch)[0].get_data()
     counts = np.add(report.layers[1].error.step_histogram, report.layers[2].error.step_histogram)
-    assert shares[20] == pytest.approx(100 * (counts[39] / 2 + counts[40] + counts[41] / 2) / 4096)
+    assert shares[20] == pytest.approx(100 * (counts[41] + counts[42]) / 4096)
 
 
 def test_histogram_without_statistics_is_refused():
@@ -331,7 +357,7 @@ def test_histogram_of_a_thousand_layers_draws_as_much_as_one_of_few():
     assert len(many.findobj()) < 1.5 * len(few.findobj())
 
 
-# --- FP8 Layer Report
+# --- Layer Report
 
 
 def test_layer_report_is_readable(report):
@@ -371,25 +397,56 @@ def test_layers_are_in_order_of_depth():
     ]
 
 
-def test_layer_report_lists_the_worst_five_and_numbers_their_dots():
-    weights = {f"blocks.{i}.attn.qkv.weight": heavy_tailed(i, 32, 32) for i in range(8)}
-    report = report_on(weights)
+def noisier(report, factors):
+    """The report with the squared errors of some layers, by place, multiplied."""
+    layers = list(report.layers)
+    for place, factor in factors.items():
+        error = layers[place].error
+        layers[place] = replace(layers[place], error=replace(error, sum_squared_error=factor * error.sum_squared_error))
+    return replace(report, layers=tuple(layers))
+
+
+def numbers_beside_dots(axes):
+    return {text.get_text(): tuple(text.xy) for text in axes.texts if text.get_text().isdigit()}
+
+
+def test_no_layer_stands_out():
+    report = report_on({f"blocks.{i}.attn.qkv.weight": heavy_tailed(i, 32, 32) for i in range(8)})
     figure = layer_report(report)
-    worst = sorted(report.layers, key=lambda layer: layer.error.sqnr)[:5]
+    worst = sorted(report.layers, key=lambda layer: layer.error.sqnr)
     written = texts(figure)
-    for layer in worst:
-        assert layer.key.removesuffix(".weight") in written
+    assert "No layer stands out" in written
+    assert all(layer.key.removesuffix(".weight") in written for layer in worst[:5])
+    assert worst[5].key.removesuffix(".weight") not in written
     axes = axes_of(figure, SQNR_PANEL)
-    ties = sorted(tuple(line.get_xydata()[0]) for line in axes.lines)
-    assert ties == sorted((report.layers.index(layer) + 1, layer.error.sqnr) for layer in worst)
+    assert not axes.lines
+    assert not numbers_beside_dots(axes)
 
 
-def test_numbers_of_the_worst_layers_stay_apart_and_inside():
-    for places in ([1, 2, 3, 4, 5], [996, 997, 998, 999, 1000], [1, 500, 501, 502, 1000]):
-        spots = spread(places, 1000)
-        assert all(after - before >= 45 - 1e-9 for before, after in zip(spots, spots[1:], strict=False))
-        assert spots[0] >= 1
-        assert spots[-1] <= 1000
+@pytest.mark.parametrize("places", [(3,), (0, 1, 2, 3), (20, 21, 39), (0, 39, 5, 6, 7, 8, 9)])
+def test_layers_that_stand_out_are_numbered(places):
+    report = noisier(repeated(small_report(), 40), {place: 30 + 7 * place for place in places})
+    figure = layer_report(report)
+    axes = axes_of(figure, SQNR_PANEL)
+    layers = [(place, report.layers[place]) for place in places]
+    layers.sort(key=lambda entry: entry[1].error.sqnr)
+    ordered = [layer.key for layer, _ in in_order_of_depth(with_statistics(report.layers))]
+    expected = {
+        str(rank): (ordered.index(layer.key) + 1, layer.error.sqnr) for rank, (_, layer) in enumerate(layers, 1)
+    }
+    numbers = numbers_beside_dots(axes)
+    assert numbers == {rank: expected[rank] for rank in list(expected)[:5]}
+    assert (f"{len(places)} layers stand out" if len(places) > 1 else "1 layer stands out") in texts(figure)
+    assert not axes.lines
+    assert_readable(figure)
+
+
+def test_standing_out_is_far_from_the_others():
+    assert standing_out([30, 29, 31, 30, 23.4, 30, 29, 10]) == [7, 4]
+    assert standing_out([30, 29, 31, 30, 24.1, 30]) == []  # less than twice the error
+    assert standing_out([40, 36, 32, 28, 24, 20, 16]) == []  # not further than the others are apart
+    assert standing_out([float("inf"), 30, 30, 30, 20]) == [4]
+    assert standing_out([float("inf"), 30]) == standing_out([]) == []
 
 
 def test_lossless_layer_is_a_triangle():
@@ -449,6 +506,7 @@ def two_calibrated():
 
 def test_layer_report_shows_the_output_errors():
     figure = layer_report(two_calibrated())
+    assert list(figure.axes).index(axes_of(figure, OUTPUTS)) < list(figure.axes).index(axes_of(figure, SQNR_PANEL))
     axes = axes_of(figure, OUTPUTS)
     ties, nearest, chosen = axes.collections
     assert nearest.get_offsets().data == pytest.approx(np.array([[1, 1.4], [2, 2.0]]))
@@ -483,9 +541,26 @@ def test_layer_report_with_output_errors_is_readable(size, layers, decades):
     assert sum(low <= tick <= high for tick in axes.get_yticks()) in range(2, 8)
 
 
-def test_low_layer_report_has_the_output_errors_in_its_caption():
+def test_worst_layers_of_a_calibrated_model_have_the_largest_output_errors():
+    report = noisier(repeated(small_report(), 20), {0: 100})
+    errors = [(0.01, 0.004)] * 20
+    errors[7] = (0.5, 0.025)
+    figure = layer_report(calibrated(report, errors))
+    written = texts(figure)
+    assert "1 layer stands out" in written
+    assert "Largest error:" in written
+    assert "2.5 % of output, other" in written
+    ordered = [layer.key for layer, _ in in_order_of_depth(with_statistics(report.layers))]
+    place = ordered.index(report.layers[7].key) + 1
+    assert numbers_beside_dots(axes_of(figure, OUTPUTS)) == {"1": (place, pytest.approx(2.5))}
+    assert not numbers_beside_dots(axes_of(figure, SQNR_PANEL))
+    assert_readable(figure)
+
+
+def test_low_layer_report_has_the_output_errors_alone():
     figure = layer_report(two_calibrated(), width=1024, height=640)
-    assert OUTPUTS not in texts(figure)
+    assert OUTPUTS in texts(figure)
+    assert SQNR_PANEL not in texts(figure)
     assert "median 1.2 % of the output, 1.7 % with nearest" in texts(figure)
     assert_readable(figure)
 
@@ -509,18 +584,41 @@ def comparison():
     )
 
 
+FOLDED = ("owlshift", "complex_neighbor", "shift_perturb")
+COLUMNS = (("stochastic",), ("nearest",), FOLDED)
+
+
+def assert_boxes(axes, comparison, columns, values):
+    """A box of the quartiles of each column, E4M3 left of E5M2."""
+    boxes = [patch.get_path().vertices for patch in axes.patches if patch.get_facecolor()[3] < 1]
+    expected = [(i, name, format) for i, name in enumerate(columns) for format in ("float8_e4m3fn", "float8_e5m2")]
+    for box, (i, names, format) in zip(boxes, expected, strict=True):
+        trials = [trial for trial in comparison.trials if trial.rounding in names and trial.format == format]
+        assert len(trials) == len(names)
+        quartiles = np.percentile([value for trial in trials for value in values(trial)], (25, 75))
+        assert (box[:, 1].min(), box[:, 1].max()) == pytest.approx(tuple(quartiles))
+        assert box[:, 0].mean() == pytest.approx(i + {"e4": -0.15, "e5": 0.15}[format[7:9]], abs=0.05)
+
+
+def names_of_columns(figure):
+    return [label.get_text() for label in figure.axes[-1].get_xticklabels()]
+
+
 def test_comparison_boxes_show_the_layers(comparison):
     figure = comparison_figure(comparison)
     assert_readable(figure)
     axes = axes_of(figure, "Error of the weights")
-    boxes = [patch for patch in axes.patches if patch.get_facecolor()[3] < 1]
-    assert len(boxes) == 10
-    for box, trial in zip(boxes, comparison.trials, strict=True):
-        heights = box.get_path().vertices[:, 1]
-        quartiles = np.percentile([100 * error.rmse / error.rms for error in trial.errors], (25, 75))
-        assert (heights.min(), heights.max()) == pytest.approx(tuple(quartiles))
-        rounding = round(box.get_path().vertices[:, 0].mean() - {"e4": -0.18, "e5": 0.18}[trial.format[7:9]], 1)
-        assert [label.get_text() for label in figure.axes[2].get_xticklabels()][int(rounding)] == trial.rounding
+    assert_boxes(axes, comparison, COLUMNS, lambda trial: [100 * error.rmse / error.rms for error in trial.errors])
+    assert names_of_columns(figure) == ["stochastic", "nearest", f"other mechanisms:\n{', '.join(FOLDED)}"]
+
+
+def test_comparison_begins_with_the_advice(calibrated_comparison):
+    figure = comparison_figure(calibrated_comparison)
+    figure.canvas.draw()
+    (advice,) = [text for text in figure.texts if text.get_text().startswith("Choose calibrated in float8_e4m3fn")]
+    assert advice.get_weight() == "bold"
+    panels = [axes.get_tightbbox() for axes in figure.axes]
+    assert all(advice.get_window_extent().y0 > box.y1 for box in panels)
 
 
 def test_comparison_without_errors_is_readable():
@@ -560,14 +658,10 @@ def test_calibration_adds_a_panel_and_a_rounding(calibrated_comparison):
     figure = comparison_figure(calibrated_comparison)
     assert len(figure.axes) == 4
     axes = axes_of(figure, OUTPUT_PANEL)
-    boxes = [patch for patch in axes.patches if patch.get_facecolor()[3] < 1]
-    assert len(boxes) == 12
-    for box, trial in zip(boxes, calibrated_comparison.trials, strict=True):
-        assert len(trial.output_errors) == 3
-        heights = box.get_path().vertices[:, 1]
-        quartiles = np.percentile(100 * np.array(trial.output_errors), (25, 75))
-        assert (heights.min(), heights.max()) == pytest.approx(tuple(quartiles))
-    assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == [*ROUNDINGS, "calibrated"]
+    columns = (("stochastic",), ("nearest",), ("calibrated",), FOLDED)
+    assert all(len(trial.output_errors) == 3 for trial in calibrated_comparison.trials)
+    assert_boxes(axes, calibrated_comparison, columns, lambda trial: 100 * np.array(trial.output_errors))
+    assert names_of_columns(figure)[:3] == ["stochastic", "nearest", "calibrated"]
     assert "1 of these 4 layers is not in the calibration" in texts(figure)
 
 
@@ -611,8 +705,36 @@ def test_rounding_curve_shows_the_measurements():
     known = ~np.isnan(curve.up)
     assert dots[known, 1].data == pytest.approx(curve.up[known])
     line = axes_of(figure, "Variance").lines[0].get_xydata()
-    at = np.searchsorted(line[:, 0], 1.0625)
-    assert tuple(line[at]) == (1.0625, 0.25)
+    assert [1.0625, 0.25] in line.tolist()
+
+
+# Lines that are drawn across the E4M3 step from 1 to 1.125: where they begin, pass and end.
+CURVE_LINES = {
+    ("stochastic", "Probability of rounding up"): [(1, 0), (1.0625, 0.5), (1.125, 1)],
+    ("stochastic", "Bias: mean error"): [(1, 0), (1.0625, 0), (1.125, 0)],
+    ("stochastic", "Variance"): [(1, 0), (1.0625, 0.25), (1.125, 0)],
+    ("nearest", "Probability of rounding up"): [(1, 0), (1.0625, 0), (1.0625, 1), (1.125, 1)],
+    ("nearest", "Bias: mean error"): [(1, 0), (1.0625, -0.5), (1.0625, 0.5), (1.125, 0)],
+    ("nearest", "Variance"): [(1, 0), (1.0625, 0), (1.125, 0)],
+}
+
+
+@pytest.mark.parametrize(("rounding", "panel"), CURVE_LINES)
+def test_rounding_curve_theory_lines(rounding, panel):
+    figure = rounding_curve(measure_rounding("float8_e4m3fn", rounding, draws=2))
+    line = axes_of(figure, panel).lines[0].get_xydata()
+    (begin,) = np.flatnonzero((line[:, 0] == 1) & np.append(True, np.isnan(line[:-1, 0])))
+    (end,) = np.flatnonzero((line[:, 0] == 1.125) & np.append(np.isnan(line[1:, 0]), True))
+    across = [tuple(point) for point in line[begin : end + 1]]
+    expected = CURVE_LINES[rounding, panel]
+    assert (across[0], across[-1]) == (expected[0], expected[-1])
+    assert set(expected) <= set(across)
+
+
+def test_the_curve_of_nearest_does_not_speak_of_draws():
+    written = texts(rounding_curve(measure_rounding("float8_e4m3fn", "nearest")))
+    for word in ("unbiased", "standard error", "mean of all draws", "by chance", "stochastic", "1,000 draws"):
+        assert word not in written, word
 
 
 def test_rounding_curve_says_whether_the_mean_is_the_value():
