@@ -66,6 +66,6 @@ def test_only_what_users_need_is_published(checkout, tmp_path):
 
 
 def test_an_example_runs(comfyui, tmp_path):
-    workflow = WORKFLOWS / "Try it now.json"
+    workflow = WORKFLOWS / "1 Try it now.json"
     comfy("run", "--workflow", workflow, "--wait", "--host", HOST, "--port", comfyui.port, home=tmp_path)
     assert list((comfyui.output / "diffusion_models").glob("tiny_landscapes_fp8_*"))

@@ -1,4 +1,4 @@
-"""Every example workflow opens without a missing node, has its thumbnail, and runs in a real server."""
+"""Every example workflow opens without a missing node, has its thumbnail, and runs as it is in a real server."""
 
 import re
 
@@ -6,29 +6,39 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from comfyui.pack import quantize_and_save
-from comfyui.workflows import PAGE_ONLY, WORKFLOWS, read_workflow, replace_models, to_prompt
+from comfyui.workflows import PAGE_ONLY, WORKFLOWS, read_workflow, to_prompt
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tools import demo
+from safetensors.torch import load_file
+from stochastic_fp8_pack.kernels import inspect_file
+from tools import demo, demo_files
 
 NAMES = [
-    "Try it now",
-    "Quantize and save",
-    "Quantize after LoRA",
-    "File to file",
-    "Text encoder",
-    "Inspect and repair",
-    "Calibrate, quantize, compare",
-    "Fit my memory",
+    "1 Try it now",
+    "2 Quantize and save",
+    "3 Which rounding",
+    "4 Quantize after a LoRA",
+    "5 File to file",
+    "6 Calibrate, quantize, compare",
+    "7 Fit my memory",
+    "8 Text encoder",
+    "9 Inspect and repair",
 ]
+PREVIEW_THEMSELVES = {
+    "StochasticFP8Compare",
+    "StochasticFP8ErrorHistogram",
+    "StochasticFP8ImageCompare",
+    "StochasticFP8LayerReport",
+    "StochasticFP8SizeQuality",
+}
 
 
-def run(bench, name, models=()):
-    """Run an example as it is. Returns its outputs by node type, each a list."""
+def run(bench, name, change=None):
+    """Run an example. Returns its outputs by node type, each a list. change: alters the workflow before."""
     workflow = read_workflow(name)
-    prompt = replace_models(to_prompt(workflow, bench.server.object_info()), dict(models))
-    entry = bench.server.queue(prompt, timeout=240, workflow=workflow)
+    if change:
+        change({node["type"]: node for node in workflow["nodes"]})
+    prompt = to_prompt(workflow, bench.server.object_info())
+    entry = bench.server.queue(prompt, timeout=600, workflow=workflow)
     outputs = {}
     for node, output in entry["outputs"].items():
         outputs.setdefault(prompt[node]["class_type"], []).append(output)
@@ -49,7 +59,7 @@ def test_every_example_is_tested():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nodes_lie_apart_and_have_no_missing_links(bench, name):
+def test_nodes_and_links_are_complete(bench, name):
     workflow = read_workflow(name)
     nodes = {node["id"]: node for node in workflow["nodes"]}
     types = bench.server.object_info().keys() | PAGE_ONLY
@@ -57,12 +67,17 @@ def test_nodes_lie_apart_and_have_no_missing_links(bench, name):
     for link, source, out, target, slot, _ in workflow["links"]:
         assert link in nodes[source]["outputs"][out]["links"]
         assert nodes[target]["inputs"][slot]["link"] == link
-    boxes = [(*node["pos"], *node["size"]) for node in nodes.values()]
-    for index, (x, y, width, height) in enumerate(boxes):
-        for other_x, other_y, other_width, other_height in boxes[:index]:
-            apart_x = x >= other_x + other_width or other_x >= x + width
-            apart_y = y - 30 >= other_y + other_height or other_y - 30 >= y + height
-            assert apart_x or apart_y
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_picture_is_shown_twice(name):
+    """A PreviewImage may show the picture of a node that is collapsed, or has no preview of its own."""
+    workflow = read_workflow(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for _, source, _, target, _, _ in workflow["links"]:
+        node = nodes[source]
+        if nodes[target]["type"] == "PreviewImage" and node["type"] in PREVIEW_THEMSELVES:
+            assert node["flags"].get("collapsed"), node["type"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,110 +89,113 @@ def test_thumbnails(name):
     assert (WORKFLOWS / f"{name}.jpg").stat().st_size < 120_000
 
 
+@pytest.mark.parametrize("name", demo_files.FILES)
+def test_demo_files(tmp_path, name):
+    made = demo_files.FILES[name](tmp_path / name)
+    assert made.read_bytes() == (demo_files.FOLDER / name).read_bytes()
+
+
+def sides(bench, outputs):
+    """The pairs of images that the slider compares, as arrays."""
+    (compared,) = outputs["StochasticFP8ImageCompare"]
+    images = [
+        [np.asarray(bench.server.view(image), dtype=float) for image in compared[f"{side}_images"]] for side in "ab"
+    ]
+    return list(zip(*images, strict=True))
+
+
+def saved_name(outputs, prefix):
+    (saved,) = outputs["StochasticFP8Save"]
+    assert is_numbered(saved["text"], prefix)
+    return saved["text"][0]
+
+
 def test_try_it_now(bench):
-    outputs = run(bench, "Try it now")
-    sheet, histogram = sorted(pictures(bench, outputs), key=lambda picture: picture.size, reverse=True)
-    assert sheet.size[0] == 1536
-    assert histogram.size == (1024, 480)
-    compared = outputs["StochasticFP8ImageCompare"][0]
-    before, after = (bench.server.view(compared[f"{side}_images"][0]) for side in "ab")
-    assert before.size == after.size == (256, 256)
-    assert before.tobytes() != after.tobytes()
-    assert is_numbered(outputs["StochasticFP8Save"][0]["text"], "tiny_landscapes_fp8")
+    outputs = run(bench, "1 Try it now")
+    ((before, after),) = sides(bench, outputs)
+    assert before.shape == after.shape == (256, 256, 3)
+    assert 0 < np.square(before - after).mean() < 255**2 / 10**2.5  # PSNR above 25 dB
+    assert len(pictures(bench, outputs)) == 1
+    saved_name(outputs, "tiny_landscapes_fp8")
 
 
 def test_quantize_and_save(bench):
-    outputs = run(bench, "Quantize and save", {"sd3.5_large.safetensors": bench.model_file("sd3").name})
-    assert is_numbered(outputs["StochasticFP8Save"][0]["text"], "sd3.5_large_fp8")
-    assert pictures(bench, outputs)[0].size == (1024, 768)
+    outputs = run(bench, "2 Quantize and save")
+    name = saved_name(outputs, "tiny_sd3_landscapes_float8_e4m3fn")
+    assert inspect_file(bench.saved(name)).ok
 
 
-def test_quantize_after_lora(bench):
-    checkpoint = tiny_models.write_sd3_checkpoint(bench.server.models("checkpoints") / "example.safetensors")
-    lora = tiny_models.write_sd3_lora(bench.server.models("loras") / "example_lora.safetensors")
-    models = {
-        "sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors": checkpoint.name,
-        "my_lora.safetensors": lora.name,
-    }
-    outputs = run(bench, "Quantize after LoRA", models)
-    assert is_numbered(outputs["StochasticFP8Save"][0]["text"], "my_lora_fp8")
-    assert pictures(bench, outputs)[0].size[0] == 1536
+def test_which_rounding(bench):
+    outputs = run(bench, "3 Which rounding")
+    assert pictures(bench, outputs, "StochasticFP8Compare")[0].size == (1024, 832)
+    assert pictures(bench, outputs, "StochasticFP8RoundingCurve")[0].size == (1024, 768)
+
+
+def test_quantize_after_a_lora(bench):
+    """As it is, and with the LoRA switched on: its picture is another."""
+    ((without, _),) = sides(bench, run(bench, "4 Quantize after a LoRA"))
+    lora = tiny_models.write_sd3_lora(bench.server.models("loras") / "example_lora.safetensors", depth=3)
+
+    def switch_on(nodes):
+        nodes["LoraLoaderModelOnly"] |= {"mode": 0, "widgets_values": [lora.name, 1.0]}
+
+    outputs = run(bench, "4 Quantize after a LoRA", switch_on)
+    ((before, after),) = sides(bench, outputs)
+    assert np.square(before - without).mean() > 4 * np.square(before - after).mean()
+    saved_name(outputs, "my_lora_fp8")
     assert "lora key not loaded" not in bench.server.log()
 
 
 def test_file_to_file(bench):
-    bench.model_file("sd3")
-    models = {"diffusion_models/sd3.5_large.safetensors": "diffusion_models/sd3.safetensors"}
-    outputs = run(bench, "File to file", models)
-    name = outputs["StochasticFP8QuantizeFile"][0]["text"][0]
-    assert outputs["PreviewAny"][0]["text"] == [name]
-    assert len(pictures(bench, outputs)) == 2
-    assert bench.saved(name).exists()
-
-
-def test_text_encoder(bench):
-    folder = bench.server.models("text_encoders")
-    models = {
-        "clip_l.safetensors": tiny_models.write_clip_l(folder / "example_clip_l.safetensors").name,
-        "t5xxl_fp16.safetensors": tiny_models.write_t5xxl(folder / "example_t5.safetensors").name,
-    }
-    outputs = run(bench, "Text encoder", models)
-    path = bench.saved(outputs["StochasticFP8Save"][0]["text"][0], "clip")
-    assert is_numbered([path.name], "t5xxl_fp8")
-    weights = [tensor for key, tensor in load_file(path).items() if key.endswith(".weight")]
-    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in weights) == 168
-
-
-def test_inspect_and_repair(bench):
-    tensors = load_file(quantize_and_save(bench, "sd3", "example"))
-    scales_in_16_bits = {
-        key: tensor.bfloat16() if key.endswith("weight_scale") else tensor for key, tensor in tensors.items()
-    }
-    save_file(scales_in_16_bits, bench.server.models("diffusion_models") / "faulty_example.safetensors")
-    models = {"diffusion_models/my_fp8_model.safetensors": "diffusion_models/faulty_example.safetensors"}
-    outputs = run(bench, "Inspect and repair", models)
-    shown = [text for output in outputs["PreviewAny"] for text in output["text"]]
-    assert any("must be float32" in text and "Repaired copy" in text for text in shown)
-    assert "false" in [text.lower() for text in shown]
-    assert pictures(bench, outputs)[0].size[0] == 1024
+    outputs = run(bench, "5 File to file")
+    (name,) = outputs["StochasticFP8QuantizeFile"][0]["text"]
+    assert bench.saved(name).stat().st_size < 0.75 * tiny_models.LANDSCAPES.stat().st_size
+    assert pictures(bench, outputs, "StochasticFP8LayerReport")[0].size == (1024, 768)
 
 
 def test_calibrate_quantize_compare(bench):
-    workflow = read_workflow("Calibrate, quantize, compare")
-    prompt = to_prompt(workflow, bench.server.object_info())
-    outputs = bench.server.queue(prompt, timeout=240, workflow=workflow)["outputs"]
-    sheets = sorted((node for node in prompt if prompt[node]["class_type"] == "StochasticFP8ImageCompare"), key=int)
-    nearest, calibrated = (
-        [np.asarray(bench.server.view(outputs[node][f"{side}_images"][0]), dtype=float) for side in "ab"]
-        for node in sheets
-    )
-    assert [outputs[node]["names"] for node in sheets] == [["original", "nearest"], ["original", "calibrated"]]
-    (comparison,) = (node for node in prompt if prompt[node]["class_type"] == "StochasticFP8Compare")
-    assert bench.server.view(outputs[comparison]["images"][0]).size == (1024, 1024)
-    assert np.array_equal(nearest[0], calibrated[0])
-    errors = [np.square(original - image).mean() for original, image in (nearest, calibrated)]
-    assert errors[1] < 0.5 * errors[0], errors
+    def to_nearest(nodes):
+        values = nodes["StochasticFP8Quantize"]["widgets_values"]
+        values[values.index("calibrated")] = "nearest"
+
+    compared = [sides(bench, run(bench, "6 Calibrate, quantize, compare", change)) for change in (to_nearest, None)]
+    nearest, calibrated = (np.square(original - image).mean() for ((original, image),) in compared)
+    assert calibrated < 0.5 * nearest, (calibrated, nearest)
     assert (bench.server.output / "fp8_calibrations" / "tiny_landscapes_00001_.safetensors").exists()
 
 
 def test_fit_my_memory(bench):
-    """The measured file is smaller than that of the preset, and its image is closer to the original."""
-    workflow = read_workflow("Fit my memory")
-    prompt = to_prompt(workflow, bench.server.object_info())
-    outputs = bench.server.queue(prompt, timeout=600, workflow=workflow)["outputs"]
-    sheets = sorted((node for node in prompt if prompt[node]["class_type"] == "StochasticFP8ImageCompare"), key=int)
-    errors = []
-    for sheet, label in zip(sheets, ("preset", "measured"), strict=True):
-        assert outputs[sheet]["names"] == ["original", label]
-        one, other = (np.asarray(bench.server.view(outputs[sheet][f"{side}_images"][0]), dtype=float) for side in "ab")
-        errors.append(np.square(one - other).mean())
-    assert errors[1] < 0.8 * errors[0], errors
-    by_type = {prompt[node]["class_type"]: output for node, output in outputs.items()}
-    (name,) = by_type["StochasticFP8Save"]["text"]
-    assert is_numbered([name], "tiny_landscapes_6MB")
+    outputs = run(bench, "7 Fit my memory")
+    name = saved_name(outputs, "tiny_landscapes_6MB")
     assert 4.8e6 < bench.saved(name).stat().st_size <= 6e6
-    assert bench.server.view(by_type["StochasticFP8SizeQuality"]["images"][0]).size == (1024, 832)
-    assert bench.server.view(by_type["StochasticFP8ActivationProbe"]["images"][0]).size == (1024, 768)
+    assert pictures(bench, outputs, "StochasticFP8SizeQuality")[0].size == (1024, 832)
+
+
+def test_text_encoder(bench):
+    """The file as it is, and the nodes in the graph when they are switched on."""
+    (converted,) = run(bench, "8 Text encoder")["StochasticFP8QuantizeFile"]
+    path = bench.saved(converted["text"][0], "clip")
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in load_file(path).values()) == 144 + 1  # and the marker
+    encoder = tiny_models.write_t5xxl(bench.server.models("text_encoders") / "example_t5.safetensors").name
+
+    def switch_on(nodes):
+        nodes["CLIPLoader"]["widgets_values"][0] = encoder
+        for type_ in ("CLIPLoader", "StochasticFP8QuantizeTextEncoder", "StochasticFP8Save"):
+            nodes[type_]["mode"] = 0
+
+    outputs = run(bench, "8 Text encoder", switch_on)
+    weights = load_file(bench.saved(outputs["StochasticFP8Save"][0]["text"][0], "clip"))
+    quantized = [key for key, tensor in weights.items() if tensor.dtype == torch.float8_e4m3fn]
+    assert len([key for key in quantized if key.endswith(".weight")]) == 168
+
+
+def test_inspect_and_repair(bench):
+    outputs = run(bench, "9 Inspect and repair")
+    (text,) = outputs["StochasticFP8Inspect"][0]["text"]
+    assert "must be float32" in text
+    name = re.search(r"Repaired copy: (\S+)", text)[1]
+    assert inspect_file(bench.saved(name)).ok
+    assert pictures(bench, outputs)[0].size[0] == 1024
 
 
 def test_the_demo(bench):

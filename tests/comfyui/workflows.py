@@ -5,6 +5,7 @@ from pathlib import Path
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 PAGE_ONLY = {"Note", "MarkdownNote"}
+MUTED, BYPASSED = 2, 4  # the page leaves out such nodes; links lead through bypassed ones
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 SEEDS = {"seed", "noise_seed"}
 
@@ -15,15 +16,27 @@ def read_workflow(name):
 
 def to_prompt(workflow, object_info):
     """A workflow as a prompt. Raises KeyError for a node type that the server does not have."""
-    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}
+    sources = {id_: _source(link, nodes, links) for id_, link in links.items()}
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] in PAGE_ONLY:
+        if node["type"] in PAGE_ONLY or node["mode"] in (MUTED, BYPASSED):
             continue
         inputs = _widget_inputs(node, object_info[node["type"]])
         inputs |= {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def _source(link, nodes, links):
+    """[node id, output] where a link begins; behind bypassed nodes, whose first input of the same type counts."""
+    _, origin, output, _, _, type_ = link
+    node = nodes[origin]
+    if node["mode"] != BYPASSED:
+        return [str(origin), output]
+    before = next(slot["link"] for slot in node["inputs"] if slot["type"] == type_)
+    return _source(links[before], nodes, links)
 
 
 def _widget_inputs(node, info):
@@ -45,12 +58,3 @@ def _widget_inputs(node, info):
     if leftover:
         raise ValueError(f"node {node['id']} ({node['type']}) stores values of no widget: {leftover}")
     return inputs
-
-
-def replace_models(prompt, names):
-    """Replace the model names of an example by those of the tiny ones: the only change that a test makes."""
-    for node in prompt.values():
-        for name, value in node["inputs"].items():
-            if isinstance(value, str) and value.endswith(".safetensors"):
-                node["inputs"][name] = names[value]
-    return prompt

@@ -57,9 +57,10 @@ def sampled_model(prompt, source):
 
 def run_example(server):
     """Run the example. Returns (outputs by type of the node that made them, the FP8 model's latents, the prompt)."""
-    prompt = to_prompt(read_workflow("Try it now"), server.object_info())
+    prompt = to_prompt(read_workflow("1 Try it now"), server.object_info())
     sampler = sampled_model(prompt, "StochasticFP8Quantize")
     prompt["keep"] = keep_latents(sampler)
+    prompt["sheet"] = preview_of(prompt, "StochasticFP8ImageCompare")
     bar = ProgressBar(prompt)
     entry = server.queue(prompt, on_event=bar)
     bar.close()
@@ -67,6 +68,12 @@ def run_example(server):
     for node, output in entry["outputs"].items():
         outputs.setdefault(maker(prompt, node), {}).update(output)
     return outputs, latents(server, entry), prompt
+
+
+def preview_of(prompt, type_):
+    """A PreviewImage for the first output of the node of that type."""
+    (source,) = (node for node, entry in prompt.items() if entry["class_type"] == type_)
+    return {"class_type": "PreviewImage", "inputs": {"images": [source, 0]}}
 
 
 def maker(prompt, node):

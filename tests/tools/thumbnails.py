@@ -1,41 +1,145 @@
 """Makes the thumbnails of the example workflows from what they render. ``make pictures`` calls this.
 
-Each is 768 x 432. The demo model and the tiny models replace those that cannot be shipped.
+Each is 768 x 432. ComfyUI's list of templates shows them about 230 pixels wide, so they have few and large parts: two
+pictures, one detail of a figure, or files.
 """
 
 from pathlib import Path
 
+import matplotlib
 import tiny_models
 from comfyui.graph import Graph
-from comfyui.pack import metadata_of
 from comfyui.server import PACK_ROOT
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from comfyui.workflows import read_workflow, to_prompt
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+from safetensors.torch import load_file
 
 SIZE = (768, 432)
-PAPER = "#ffffff"
+GAP = 6
+PAPER, INK, BLUE, GREEN, RED = "#171b20", "#f2f4f6", "#3f789e", "#4caf7a", "#e0605a"
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
+TEXT = 44
 EXAMPLES = PACK_ROOT / "example_workflows"
 RECIPE = {"format": "float8_e4m3fn", "rounding": "stochastic", "scaling": "absmax", "seed": 0}
 
 
 def make_thumbnails(server):
     """Run the examples and write ``example_workflows/<name>.jpg``."""
-    before, after, histogram = render(server, *_landscape("dawn", layers="all_linear"))
-    save(below(beside(before, after), histogram), "Try it now")
-    (report,) = render(server, *_layer_report("nearest"))
-    save(fit(report, SIZE), "Quantize and save")
-    before, after = render(server, *_lora(server))
-    save(beside(before, after, SIZE), "Quantize after LoRA")
-    (histogram,) = render(server, *_histogram_of_a_file(server))
-    save(fit(histogram, SIZE), "File to file")
-    (report,) = render(server, *_text_encoder_report(server))
-    save(fit(report, SIZE), "Text encoder")
-    (findings,) = render(server, *_findings(server))
-    save(fit(findings, SIZE), "Inspect and repair")
-    nearest, calibrated = render(server, *_sheets())
-    save(below(fit(nearest, (SIZE[0], 216)), fit(calibrated, (SIZE[0], 216))), "Calibrate, quantize, compare")
-    (curve,) = render(server, *_size_and_quality())
-    save(fit(curve, SIZE), "Fit my memory")
+    for name, draw in THUMBNAILS.items():
+        picture = draw(server, name)
+        assert picture.size == SIZE, name
+        picture.save(EXAMPLES / f"{name}.jpg", quality=88, optimize=True)
+
+
+# --- what the examples render
+
+
+class Run:
+    """A finished run of an example. change: alters the workflow before."""
+
+    def __init__(self, server, name, change=None):
+        self.server = server
+        workflow = read_workflow(name)
+        if change:
+            change({node["type"]: node for node in workflow["nodes"]})
+        self.prompt = to_prompt(workflow, server.object_info())
+        self.outputs = server.queue(self.prompt, timeout=600)["outputs"]
+
+    def __getitem__(self, type_):
+        """What the first node of this type reported."""
+        ids = (id_ for id_, node in self.prompt.items() if node["class_type"] == type_)
+        return self.outputs[min(ids, key=int)]
+
+    def pictures(self, type_, key="images"):
+        return [self.server.view(image).convert("RGB") for image in self[type_][key]]
+
+    def sides(self):
+        """The first images of the comparison, A and B."""
+        return [self.pictures("StochasticFP8ImageCompare", f"{side}_images")[0] for side in "ab"]
+
+    def sizes(self, type_="StochasticFP8Quantize"):
+        """Bytes of the model before and after, as text."""
+        (summary,) = self[type_]["stochastic_fp8"]
+        return [f"{summary[key] / 1e6:.1f} MB" for key in ("bytes_before", "bytes_after")]
+
+
+def before_and_after(server, name):
+    return beside(*Run(server, name).sides(), "16 bits", "FP8")
+
+
+def with_a_lora(server, name):
+    path = server.models("loras") / "thumbnail.safetensors"
+    tiny_models.write_sd3_lora(path, depth=3, rank=2, strength=0.12)
+
+    def switch_on(nodes):
+        nodes["LoraLoaderModelOnly"] |= {"mode": 0, "widgets_values": [path.name, 1.0]}
+
+    return beside(*Run(server, name, switch_on).sides(), "with LoRA", "in FP8")
+
+
+def two_files(server, name):
+    (before, after), picture = Run(server, name).sizes(), demo_landscape(server, "day", 42)
+    return files(before, after, picture=picture)
+
+
+def converted_file(server, name):
+    return files(*Run(server, name).sizes("StochasticFP8QuantizeFile"))
+
+
+def text_encoder(server, name):
+    return files("T5", "T5 FP8")
+
+
+def inspected(server, name):
+    return files("✗", "✓", colours=(RED, GREEN), small=1)
+
+
+def two_roundings(server, name):
+    """The values of one rounding curve each."""
+    curves = []
+    for rounding in ("nearest", "stochastic"):
+        graph = Graph()
+        values = {"format": "float8_e4m3fn", "rounding": rounding, "low": 0.5, "high": 2.5, "draws": 1000}
+        curve = graph.add("StochasticFP8RoundingCurve", **values, width=1024, height=768)
+        curves.append(render(server, graph, curve)[0].crop((95, 130, 480, 345)))
+    return beside(*curves, "nearest", "stochastic")
+
+
+def two_differences(server, name):
+    """What nearest and calibrated change in the same picture, eight times as bright."""
+
+    def to_nearest(nodes):
+        values = nodes["StochasticFP8Quantize"]["widgets_values"]
+        values[values.index("calibrated")] = "nearest"
+
+    differences = [
+        ImageChops.difference(*Run(server, name, change).sides()).point(lambda value: min(255, 8 * value))
+        for change in (to_nearest, None)
+    ]
+    return beside(*differences, "nearest", "calibrated")
+
+
+def sizes_and_qualities(server, name):
+    (figure,) = Run(server, name).pictures("StochasticFP8SizeQuality")
+    sheet = fill(figure.crop((60, 100, 629, 420)), SIZE)
+    label(sheet, "quality by size", (SIZE[0] // 2, SIZE[1] - 44))
+    return sheet
+
+
+THUMBNAILS = {
+    "1 Try it now": before_and_after,
+    "2 Quantize and save": two_files,
+    "3 Which rounding": two_roundings,
+    "4 Quantize after a LoRA": with_a_lora,
+    "5 File to file": converted_file,
+    "6 Calibrate, quantize, compare": two_differences,
+    "7 Fit my memory": sizes_and_qualities,
+    "8 Text encoder": text_encoder,
+    "9 Inspect and repair": inspected,
+}
+
+
+# --- parts of graphs
 
 
 def render(server, graph, *images):
@@ -46,14 +150,6 @@ def render(server, graph, *images):
     entry = server.queue(graph.prompt, timeout=300)
     tensors = [load_file(server.files(entry, saver.id, "tensors")[0])["samples"][0] for saver in savers]
     return [Image.fromarray((tensor * 255).round().byte().numpy()) for tensor in tensors]
-
-
-def _landscape(scene, **recipe):
-    graph = Graph()
-    demo = graph.add("StochasticFP8DemoModel", scene=scene)
-    quantized = graph.add("StochasticFP8Quantize", model=demo, **RECIPE, **recipe)
-    histogram = graph.add("StochasticFP8ErrorHistogram", report=quantized[1], layers="all", width=1536, height=648)
-    return graph, _paint(graph, demo, demo), _paint(graph, demo, quantized), histogram
 
 
 def demo_landscape(server, scene, seed):
@@ -101,13 +197,6 @@ def sheets_of_two_roundings(graph, demo, calibration):
     return *sheets, quantized[1]
 
 
-def _sheets():
-    graph = Graph()
-    demo = graph.add("StochasticFP8DemoModel", scene="dusk")
-    nearest, calibrated, _ = sheets_of_two_roundings(graph, demo, calibrate(graph, demo))
-    return graph, nearest, calibrated
-
-
 def measure(graph, demo, calibration):
     """Add a measurement of the demo model's layers."""
     latent = graph.add("EmptySD3LatentImage", width=256, height=256, batch_size=1)
@@ -116,73 +205,7 @@ def measure(graph, demo, calibration):
     return graph.add("StochasticFP8Sensitivity", **inputs, **sampler, seed=2000, seeds=2, calibration=calibration)
 
 
-def _size_and_quality():
-    graph = Graph()
-    demo = graph.add("StochasticFP8DemoModel", scene="dusk")
-    measured = measure(graph, demo, calibrate(graph, demo))
-    return graph, graph.add("StochasticFP8SizeQuality", model=demo, calibration=measured, width=1536, height=1000)
-
-
-def _layer_report(rounding):
-    graph = Graph()
-    demo = graph.add("StochasticFP8DemoModel", scene="day")
-    quantized = graph.add("StochasticFP8Quantize", model=demo, **{**RECIPE, "rounding": rounding}, layers="auto")
-    return graph, graph.add("StochasticFP8LayerReport", report=quantized[1])
-
-
-def _lora(server):
-    path = server.models("loras") / "thumbnail.safetensors"
-    tiny_models.write_sd3_lora(path, depth=3, rank=2, strength=0.12)
-    graph = Graph()
-    demo = graph.add("StochasticFP8DemoModel", scene="dusk")
-    patched = graph.add("LoraLoaderModelOnly", model=demo, lora_name=path.name, strength_model=1.0)
-    quantized = graph.add("StochasticFP8Quantize", model=patched, **RECIPE, layers="auto")
-    return graph, _paint(graph, demo, patched, seed=43), _paint(graph, demo, quantized, seed=43)
-
-
-def _histogram_of_a_file(server):
-    path = tiny_models.save(
-        load_file(tiny_models.LANDSCAPES), server.models("diffusion_models") / "thumbnail.safetensors"
-    )
-    graph = Graph()
-    options = {"filename_prefix": "thumbnail", "layout": "native", "overwrite": True, "requantize": False}
-    file = f"diffusion_models/{path.name}"
-    job = graph.add("StochasticFP8QuantizeFile", file=file, layers="auto", **options, **RECIPE)
-    return graph, graph.add("StochasticFP8ErrorHistogram", report=job[1], layers="all", width=1024, height=576)
-
-
-def _text_encoder_report(server):
-    path = tiny_models.write_t5xxl(server.models("text_encoders") / "thumbnail_t5.safetensors")
-    graph = Graph()
-    clip = graph.add("CLIPLoader", clip_name=path.name, type="sd3", device="default")
-    quantized = graph.add("StochasticFP8QuantizeTextEncoder", clip=clip, layers="auto", **RECIPE)
-    return graph, graph.add("StochasticFP8LayerReport", report=quantized[1])
-
-
-def _findings(server):
-    """A file with the faults that converters most often leave."""
-    from stochastic_fp8_pack.kernels import quantize_file
-
-    path = Path(server.models("diffusion_models")) / "my_fp8_model.safetensors"
-    quantize_file(tiny_models.LANDSCAPES, path, overwrite=True)
-    tensors, metadata = load_file(path), metadata_of(path)
-    first, second, third = sorted(name for name in tensors if name.endswith("x_block.attn.proj.weight_scale"))
-    tensors[first] = tensors[first].bfloat16()
-    tensors[second] = tensors[second] * 0
-    del tensors[third]
-    save_file(tensors, path, metadata)
-    graph = Graph()
-    options = {"deep": False, "repair": False, "filename_prefix": "repaired"}
-    return graph, graph.add("StochasticFP8Inspect", file=f"diffusion_models/{path.name}", **options)[1]
-
-
-def fit(picture, size):
-    """The whole picture at the top of a white sheet of that size."""
-    scale = min(size[0] / picture.width, size[1] / picture.height)
-    small = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
-    sheet = Image.new("RGB", size, PAPER)
-    sheet.paste(small, ((size[0] - small.width) // 2, 0))
-    return sheet
+# --- drawing
 
 
 def fill(picture, size):
@@ -193,20 +216,36 @@ def fill(picture, size):
     return large.crop((left, top, left + size[0], top + size[1]))
 
 
-def beside(left, right, size=(SIZE[0], 216)):
-    half = (size[0] - 6) // 2
-    sheet = Image.new("RGB", size, PAPER)
-    sheet.paste(fill(left, (half, size[1])), (0, 0))
-    sheet.paste(fill(right, (half, size[1])), (size[0] - half, 0))
-    return sheet
-
-
-def below(top, bottom):
+def beside(left, right, *labels):
+    """Two pictures with a label each."""
+    half = (SIZE[0] - GAP) // 2
     sheet = Image.new("RGB", SIZE, PAPER)
-    sheet.paste(top, (0, 0))
-    sheet.paste(fit(bottom, (SIZE[0], SIZE[1] - top.height)), (0, top.height))
+    for x, picture, text in zip((0, SIZE[0] - half), (left, right), labels, strict=True):
+        sheet.paste(fill(picture, (half, SIZE[1])), (x, 0))
+        label(sheet, text, (x + half // 2, SIZE[1] - 44))
     return sheet
 
 
-def save(picture, name):
-    picture.save(EXAMPLES / f"{name}.jpg", quality=88, optimize=True)
+def label(sheet, text, middle):
+    """Text on a dark plate."""
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(FONT, TEXT)
+    left, top, right, bottom = draw.textbbox(middle, text, font, anchor="mm")
+    draw.rounded_rectangle((left - 14, top - 10, right + 14, bottom + 10), 10, fill=PAPER)
+    draw.text(middle, text, INK, font, anchor="mm")
+
+
+def files(before, after, colours=(BLUE, BLUE), picture=None, small=0.72):
+    """A file, an arrow, and what became of it. small: the height of the second file, relative to the first."""
+    sheet = fill(picture, SIZE) if picture else Image.new("RGB", SIZE, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for x, text, colour, scale in ((196, before, colours[0], 1), (572, after, colours[1], small)):
+        width, height = 280 * scale, 340 * scale
+        left, top, right, bottom = x - width / 2, 216 - height / 2, x + width / 2, 216 + height / 2
+        fold = 70 * scale
+        outline = [(left, top), (right - fold, top), (right, top + fold), (right, bottom), (left, bottom)]
+        draw.polygon(outline, fill=colour)
+        draw.polygon([(right - fold, top), (right - fold, top + fold), (right, top + fold)], fill=INK)
+        draw.text((x, 232), text, INK, ImageFont.truetype(FONT, TEXT if len(text) > 1 else 4 * TEXT), anchor="mm")
+    draw.polygon([(356, 176), (412, 216), (356, 256)], fill=INK)
+    return sheet
