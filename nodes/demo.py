@@ -5,16 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.sd
+import comfy.taesd.taesd
 import comfy.utils
 import torch
 from comfy_api.latest import io
 from safetensors.torch import load_file
 
 from ..kernels.choices import choose
+from .networks import ModelError
 from .schema import CATEGORY, newer
 
 MODELS = Path(__file__).resolve().parents[1] / "example_workflows" / "models"
+MODEL_FILE = "tiny_sd3_landscapes.safetensors"
+DECODER_FILE = "tiny_taesd3_landscapes.safetensors"
 SCENES = ("dawn", "day", "dusk", "night")
+
+
+class NoEncoder(torch.nn.Module):
+    """In place of the encoder of a VAE that has none."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        raise ModelError("the VAE of the Tiny Landscape Model decodes only: use Empty SD3 Latent Image")
+
+
+def load_decoder(path: Path) -> comfy.sd.VAE:
+    """A VAE from the decoder of a tiny autoencoder (TAESD). Encoding raises ModelError.
+
+    ComfyUI builds both halves, and logs every weight of the encoder as missing: it gets random ones, then none.
+    """
+    decoder = comfy.utils.load_torch_file(str(path))
+    channels = decoder["taesd_decoder.1.weight"].shape[1]
+    vae = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=channels).state_dict() | decoder)
+    vae.first_stage_model.taesd_encoder = NoEncoder()
+    return vae
 
 
 class StochasticFP8DemoModel(io.ComfyNode):
@@ -42,15 +65,15 @@ class StochasticFP8DemoModel(io.ComfyNode):
                 io.Conditioning.Output(
                     id="negative", display_name="negative", tooltip="Empty conditioning for the guidance."
                 ),
-                io.Vae.Output(id="VAE", display_name="vae", tooltip="The VAE of the landscape model."),
+                io.Vae.Output(id="VAE", display_name="vae", tooltip="The VAE of the landscape model. It decodes only."),
             ],
         )
 
     @classmethod
     def execute(cls, scene):
         choose(dict.fromkeys(SCENES), scene, "scene")
-        model = comfy.sd.load_diffusion_model(str(MODELS / "tiny_sd3_landscapes.safetensors"))
-        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "tiny_taesd3_landscapes.safetensors")))
+        model = comfy.sd.load_diffusion_model(str(MODELS / MODEL_FILE))
+        vae = load_decoder(MODELS / DECODER_FILE)
         scenes = load_file(MODELS / "tiny_conditioning.safetensors")
         cond, pooled = scenes[f"{scene}.cond"], scenes[f"{scene}.pooled_output"]
         positive = [[cond, {"pooled_output": pooled}]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
@@ -21,13 +22,24 @@ from ..kernels.selection.components import Components
 from ..kernels.selection.foreign import diffusers_model, foreign_kind
 from ..kernels.selection.presets import DIFFUSION, TEXT_ENCODER
 from ..kernels.state_dict.compatibility import is_new
+from .demo import MODELS
 from .published_names import is_detected
 
 OUTPUT_FOLDERS = {"diffusion_models": "diffusion_models", "checkpoints": "checkpoints", "text_encoders": "clip"}
 """Kind of model -> the folder under output/ that ComfyUI's loader of that kind lists as well."""
 
+DEMO_FILES = {
+    "demo/tiny_sd3_landscapes.safetensors": "diffusion_models",
+    "demo/tiny_t5.safetensors": "text_encoders",
+    "demo/damaged_fp8.safetensors": "diffusion_models",
+}
+"""Files that ship with the pack, for the example workflows -> kind of each. No loader of ComfyUI lists them."""
+
 DEFAULT_PREFIX = "stochastic_fp8"
 """The name of a file whose prefix gives none."""
+
+TOKENS = "%model%_%format%"
+"""The default prefix of the nodes that make a quantized model. See fill_tokens."""
 
 LONGEST_NAME = 200
 """Bytes of one part of a prefix. File systems allow 255 with the number, the ending and a temporary ending."""
@@ -41,14 +53,16 @@ class PrefixError(StochasticFP8Error, ValueError):
 
 
 def list_sources() -> list[str]:
-    """Every safetensors file of these kinds, as `kind/name`. The files of a set are listed once, as their index."""
-    return [f"{kind}/{name}" for kind in OUTPUT_FOLDERS for name in _models(kind)]
+    """Every safetensors file of these kinds, as `kind/name`, then DEMO_FILES. A set is listed once, as its index."""
+    return [f"{kind}/{name}" for kind in OUTPUT_FOLDERS for name in _models(kind)] + list(DEMO_FILES)
 
 
 def is_listed(source: str) -> bool:
     """Whether ComfyUI's loaders list a file of this name, or list_sources does."""
     kind, _, name = source.partition("/")
-    return kind in OUTPUT_FOLDERS and (name in folder_paths.get_filename_list(kind) or name in _models(kind))
+    if kind not in OUTPUT_FOLDERS:
+        return source in DEMO_FILES
+    return name in folder_paths.get_filename_list(kind) or name in _models(kind)
 
 
 def _models(kind: str) -> list[str]:
@@ -68,6 +82,8 @@ def _models(kind: str) -> list[str]:
 def find_source(source: str) -> tuple[str, Path]:
     """(kind, path) of a name from list_sources. Raises FileNotFoundError."""
     kind, _, name = source.partition("/") if isinstance(source, str) else ("", "", "")
+    if name and source in DEMO_FILES:
+        return DEMO_FILES[source], MODELS / name
     if kind not in OUTPUT_FOLDERS:
         folders = ", ".join(f"{kind}/" for kind in OUTPUT_FOLDERS)
         raise FileNotFoundError(f"{source}: not a model file that ComfyUI lists; its name must begin with {folders}")
@@ -93,6 +109,23 @@ def path_fingerprint(path: str | Path | None) -> str:
         return "missing"
     status = Path(path).stat()
     return f"{status.st_mtime_ns}:{status.st_size}"
+
+
+def fill_tokens(filename_prefix: str, model: str, formats: Iterable[str]) -> str:
+    """A prefix with the names of a model and of its formats in place of %model% and %format%.
+
+    model: a name, or that of a file, whose ending is left out. formats: of the quantized layers. Other tokens, such as
+    %year%, are left to ComfyUI. So is a value that is not a string: check_prefix refuses it.
+    """
+    names = {"%model%": _without_ending(model), "%format%": "_".join(sorted(set(formats))) or "16bit"}
+    if not isinstance(filename_prefix, str):
+        return filename_prefix
+    return re.sub("|".join(names), lambda token: names[token[0]], filename_prefix)
+
+
+def _without_ending(file: str) -> str:
+    stem, ending = os.path.splitext(file.removesuffix(".index.json"))
+    return stem if ending.lower() in (*folder_paths.supported_pt_extensions, ".gguf") else file
 
 
 def target_path(kind: str, filename_prefix: str, overwrite: bool = False) -> Path:
@@ -178,13 +211,12 @@ def check_entries(layout: str, formats: Iterable[str]) -> None:
         )
 
 
-def check_detected(source: Source) -> None:
+def check_detected(source: Source, components: Components) -> None:
     """Raises CheckpointError for a diffusion model of a known family that the running ComfyUI does not know yet.
 
     What no ComfyUI recognises has errors of its own: wrong prefixes, diffusers layouts, files that are not models.
     """
-    tensors, components = source.tensors, Components(source.tensors)
-    main = components.main
+    tensors, main = source.tensors, components.main
     if main.preset.kind != DIFFUSION or main.family == "unknown" or components.undetected_prefix:
         return
     if diffusers_model(tensors) or foreign_kind(tensors, source.path.name):
@@ -196,10 +228,10 @@ def check_detected(source: Source) -> None:
         )
 
 
-def check_folder(kind: str, source: Source) -> None:
+def check_folder(kind: str, source: Source, components: Components) -> None:
     """Raises CheckpointError for a model of a known family in a folder whose loader cannot use it. kind: as in
     find_source."""
-    main = Components(source.tensors).main
+    main = components.main
     if main.family == "unknown" or foreign_kind(source.tensors, source.path.name):
         return
     folder = {
@@ -245,8 +277,11 @@ def _shown(value: object) -> str:
 
 
 def workflow_metadata(hidden: Any) -> dict[str, str]:
-    """The prompt and the workflow, as ComfyUI's own save nodes store them; empty with --disable-metadata."""
-    if args.disable_metadata:
+    """The prompt and the workflow, as ComfyUI's own save nodes store them; empty with --disable-metadata.
+
+    hidden: what ComfyUI knows of the run; None outside an execution.
+    """
+    if args.disable_metadata or hidden is None:
         return {}
     entries = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
     return {name: json.dumps(value) for name, value in entries.items() if value is not None}

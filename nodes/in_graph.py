@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ..kernels import Recipe
@@ -11,7 +13,7 @@ from ..kernels.files.header import TensorInfo
 from ..kernels.selection.selection import MEASURED
 from ..kernels.state_dict.load import make_codes
 from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
-from ..kernels.state_dict.size import tensor_bytes
+from ..kernels.state_dict.size import bytes_beyond_reserve, tensor_bytes
 from .networks import Network, beside_tensors
 from .progress import JobProgress
 
@@ -20,9 +22,16 @@ class NetworkJob:
     """The quantization of one network: planned and checked when it is made, carried out by `run`."""
 
     def __init__(
-        self, network: Network, recipe: Recipe, device: torch.device, calibration: Calibration | None = None
+        self,
+        network: Network,
+        recipe: Recipe,
+        device: torch.device,
+        calibration: Calibration | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises ModelError for weights that are GGUF or unscaled FP8; CalibrationError where the recipe needs a
+        """metadata: entries that Save Scaled FP8 Model will add, which a size limit counts.
+
+        Raises ModelError for weights that are GGUF or unscaled FP8; CalibrationError where the recipe needs a
         calibration and there is none; UnknownPatternError."""
         self.network = network
         self._progress = JobProgress()
@@ -33,7 +42,7 @@ class NetworkJob:
             device=device,
             observe=self._progress.layer,
             progress=self._progress,
-            reserved=_bytes_beside(network) if recipe.layers == MEASURED else 0,
+            reserved=_bytes_beside(network, metadata or {}) if recipe.layers == MEASURED else 0,
         )
 
     def run(self) -> ScaledStateDict:
@@ -54,7 +63,8 @@ def quantize_network(
     return job.quantization, job.run()
 
 
-def _bytes_beside(network: Network) -> int:
+def _bytes_beside(network: Network, metadata: Mapping[str, str]) -> int:
     """What Save Scaled FP8 Model writes beside the network, which a size limit counts."""
     beside = beside_tensors(network.patcher)
-    return sum(tensor_bytes(name, TensorInfo.of(tensor)) for name, tensor in beside.items())
+    tensors = sum(tensor_bytes(name, TensorInfo.of(tensor)) for name, tensor in beside.items())
+    return tensors + bytes_beyond_reserve(metadata)

@@ -36,6 +36,7 @@ from .networks import (
     samples_equal,
     without_object_patches,
 )
+from .running import source_name
 
 log = logging.getLogger("stochastic_fp8")
 
@@ -58,8 +59,9 @@ _CARRIED = (
 """What a patcher holds beside weights, weight patches and object patches."""
 
 
-def diffusion_network(model) -> Network:
-    return Network(model, "diffusion_model.", type(model.model).__name__)
+def diffusion_network(model, input: str = "model") -> Network:
+    """Of a MODEL. It is named by its file, if a loader behind this input of the running node names one."""
+    return Network(model, "diffusion_model.", source_name(input, "MODEL") or _class(model))
 
 
 def text_networks(clip) -> dict[str, Network]:
@@ -76,7 +78,7 @@ def check_runs(format: str) -> None:
     if format not in comfy.quant_ops.QUANT_ALGOS:
         raise ModelError(
             f"ComfyUI {COMFYUI_VERSION} cannot run {format} layers: choose float8_e4m3fn, update ComfyUI, or make a "
-            "file with Stochastic FP8 Quantize File and layout legacy"
+            "file with Convert File to FP8 and layout legacy"
         )
 
 
@@ -117,7 +119,7 @@ def _class(source) -> str:
 
 
 def _not_loaded(what: str) -> ModelError:
-    return ModelError(f"ComfyUI {COMFYUI_VERSION} {what}: quantize its file with Stochastic FP8 Quantize File instead")
+    return ModelError(f"ComfyUI {COMFYUI_VERSION} {what}: quantize its file with Convert File to FP8 instead")
 
 
 def _check_same_model(

@@ -21,12 +21,15 @@ from ..kernels.selection.presets import PRESETS
 from ..kernels.selection.selection import MEASURED, PRESET_LAYERS
 from ..kernels.state_dict.layouts import LAYOUTS
 from .devices import devices
-from .schema import FP8Calibration, FP8Report, newer
+from .schema import FP8Calibration, FP8Report, rare
 
 MATMUL_NAMES = {"full precision": "full", "fp8": "fp8"}
 """The nodes' name of a choice of `matmul` -> the library's."""
 
 LARGEST_SEED = 2**64 - 1
+
+HINT = "(one pattern per line)"
+"""In the empty boxes for patterns: ComfyUI's page shows the placeholder, and Nodes 2.0 the display name instead."""
 
 
 def with_choices(tooltip: str, table: Mapping[str, Any]) -> str:
@@ -54,25 +57,28 @@ def rounding_inputs(roundings: Mapping[str, Any] = ROUNDINGS) -> list[io.Input]:
             options=list(roundings),
             default="stochastic",
             tooltip=with_choices(
-                "How each weight is rounded to the coarse FP8 grid. For the image closest to the original, choose "
-                f"{closest}. The stochastic methods have twice the squared error of nearest, but no bias: they are "
-                "for sums over many weights, repeated quantization and research.",
+                f"How weights are rounded to FP8. Closest to the original: {closest}. The stochastic ones have twice "
+                "the squared error of nearest, but no bias.",
                 roundings,
             ),
         ),
-        io.Combo.Input(
-            "scaling",
-            options=list(SCALINGS),
-            default="absmax",
-            tooltip=with_choices(
-                "How each layer is scaled to the FP8 range before rounding. Without a scale, small weights become "
-                "zero and large ones are cut off, which costs detail.",
-                SCALINGS,
-            ),
+        rare(
+            io.Combo.Input(
+                "scaling",
+                options=list(SCALINGS),
+                default="absmax",
+                tooltip=with_choices(
+                    "How each layer is scaled to the FP8 range before rounding. Without a scale, small weights become "
+                    "zero and large ones are cut off, which costs detail.",
+                    SCALINGS,
+                ),
+            )
         ),
-        seed_input(
-            "Another seed rounds the same weights differently. The image changes slightly, its quality does not. The "
-            f"same seed always gives the same model. {seedless} the seed."
+        rare(
+            seed_input(
+                "Another seed rounds the same weights differently. The image changes slightly, its quality does not. "
+                f"The same seed always gives the same model. {seedless} the seed."
+            )
         ),
     ]
 
@@ -100,7 +106,8 @@ def layers_input(tooltip: str, kind: str | None = None, layers: Mapping[str, str
         "layers",
         options=[name for name in layers if kind is None or name not in PRESETS or PRESETS[name].kind == kind],
         default="auto",
-        tooltip=f"{tooltip} The names of model families are presets, for models that auto does not recognize.",
+        tooltip=f"{tooltip} The names of model families are presets, for models that auto does not recognize. unknown "
+        "guesses by the names of the layers.",
     )
 
 
@@ -129,17 +136,23 @@ def layer_inputs(kind: str | None = None, layers: Mapping[str, str] = PRESET_LAY
             "keep",
             default="",
             multiline=True,
+            display_name=f"keep {HINT}, e.g. blocks.0.attn",
+            placeholder=f"keep {HINT}\nblocks.0.attn",
             optional=True,
             tooltip="Layers that are not quantized, one pattern per line, e.g. blocks.0.attn or *modulation*. Keeping "
             "more layers brings the image closer to the original and makes the model larger.",
         ),
-        io.String.Input(
-            "only",
-            default="",
-            multiline=True,
-            optional=True,
-            tooltip="Quantizes only these layers, one pattern per line. Leave it empty to quantize every layer that "
-            "'layers' selects.",
+        rare(
+            io.String.Input(
+                "only",
+                default="",
+                multiline=True,
+                display_name=f"only {HINT}, e.g. blocks.*.mlp",
+                placeholder=f"only {HINT}\nblocks.*.mlp",
+                optional=True,
+                tooltip="Quantizes only these layers, one pattern per line. Leave it empty to quantize every layer "
+                "that 'layers' selects.",
+            )
         ),
     ]
 
@@ -156,92 +169,99 @@ def limit_inputs() -> list[io.Input]:
             round=0.001,
             optional=True,
             tooltip="For layers measured: the largest file in GB (of 1,000,000,000 bytes). The layers that matter most "
-            "stay in 16 bits as long as they fit. A larger file is closer to the original. 0: no limit.",
+            "stay in 16 bits as long as they fit. A larger file is closer to the original. 0: no limit. "
+            "target_quality sets a quality instead.",
         ),
-        io.Float.Input(
-            "target_quality",
-            default=0.0,
-            min=0.0,
-            max=200.0,
-            step=0.1,
-            round=0.1,
-            optional=True,
-            tooltip="For layers measured: the smallest predicted quality of the latent image in dB. The file is as "
-            "small as this allows. 6 dB more mean half the error. 0: no target.",
+        rare(
+            io.Float.Input(
+                "target_quality",
+                default=0.0,
+                min=0.0,
+                max=200.0,
+                step=0.1,
+                round=0.1,
+                optional=True,
+                tooltip="For layers measured: the smallest predicted quality of the latent image in dB. The file is as "
+                "small as this allows. 6 dB more mean half the error. 0: no target.",
+            )
         ),
     ]
 
 
 def matmul_input() -> io.Combo.Input:
-    return newer(
-        io.Combo.Input,
-        "matmul",
-        options=list(MATMUL_NAMES),
-        default="full precision",
-        optional=True,
-        advanced=True,
-        tooltip=with_choices(
-            "How the quantized layers compute. full precision keeps the detail of the image. fp8 is faster on GPUs "
-            "that multiply FP8, with visible losses, and loses what rounding calibrated gains.",
-            {name: MATMULS[key] for name, key in MATMUL_NAMES.items()},
-        ),
+    return rare(
+        io.Combo.Input(
+            "matmul",
+            options=list(MATMUL_NAMES),
+            default="full precision",
+            optional=True,
+            tooltip=with_choices(
+                "How the quantized layers compute. full precision keeps the detail of the image. fp8 is faster on GPUs "
+                "that multiply FP8, with visible losses, and loses what rounding calibrated gains.",
+                {name: MATMULS[key] for name, key in MATMUL_NAMES.items()},
+            ),
+        )
     )
 
 
 def nonfinite_input() -> io.Combo.Input:
-    return newer(
-        io.Combo.Input,
-        "nonfinite",
-        options=list(NONFINITE),
-        default="error",
-        optional=True,
-        advanced=True,
-        tooltip=with_choices("What to do with weights that are NaN or infinite, as in a damaged model.", NONFINITE),
+    return rare(
+        io.Combo.Input(
+            "nonfinite",
+            options=list(NONFINITE),
+            default="error",
+            optional=True,
+            tooltip=with_choices("What to do with weights that are NaN or infinite, as in a damaged model.", NONFINITE),
+        )
     )
 
 
 def device_input() -> io.Combo.Input:
-    return newer(
-        io.Combo.Input,
-        "device",
-        options=devices(),
-        default="auto",
-        optional=True,
-        advanced=True,
-        tooltip="Where the rounding is computed. The result is the same on every device (calibrated: nearly the "
-        "same). Only the time differs.",
+    return rare(
+        io.Combo.Input(
+            "device",
+            options=devices(),
+            default="auto",
+            optional=True,
+            tooltip="Where the rounding is computed. The result is the same on every device (calibrated: nearly the "
+            "same). Only the time differs.",
+        )
     )
 
 
 def calibration_input(
     tooltip: str = "What FP8 Calibration recorded for this model. Rounding calibrated needs it: the error of the "
     "layers' outputs is then about a third of that of nearest. With matmul fp8 it also sets the range of each "
-    "layer's inputs, so that large ones are not cut off. Layers measured needs what FP8 Sensitivity adds to it.",
+    "layer's inputs, so that large ones are not cut off. Layers measured needs what Layer Sensitivity adds to it.",
 ) -> io.Input:
     return FP8Calibration.Input("calibration", optional=True, tooltip=tooltip)
 
 
 def layout_input() -> io.Combo.Input:
-    return io.Combo.Input(
-        "layout",
-        options=list(LAYOUTS),
-        default="native",
-        tooltip=with_choices(
-            "How the file stores its scales. native loads in ComfyUI 0.3.75 and newer. legacy is for versions before "
-            "October 2025, and in 0.3.75 for E5M2, all-in-one checkpoints and most text encoders. A file in a layout "
-            "that your ComfyUI cannot read gives noise or does not load.",
-            LAYOUTS,
-        ),
+    return rare(
+        io.Combo.Input(
+            "layout",
+            options=list(LAYOUTS),
+            default="native",
+            tooltip=with_choices(
+                "How the file stores its scales. native loads in ComfyUI 0.3.75 and newer. legacy is for versions "
+                "before October 2025, and in 0.3.75 for E5M2, all-in-one checkpoints and most text encoders. A file in "
+                "a layout that your ComfyUI cannot read gives noise or does not load.",
+                LAYOUTS,
+            ),
+        )
     )
 
 
 def another_comfyui_input() -> io.Boolean.Input:
-    return io.Boolean.Input(
-        "for_another_comfyui",
-        default=False,
-        optional=True,
-        tooltip="Writes the file even if this ComfyUI would not load it or would show a wrong image. Turn it on only "
-        "for a file that another ComfyUI will load.",
+    return rare(
+        io.Boolean.Input(
+            "for_another_comfyui",
+            default=False,
+            optional=True,
+            tooltip="Writes the file even if this ComfyUI would not load it or would show a wrong image. Turn it on "
+            "only for a file that another ComfyUI will load.",
+        )
     )
 
 
@@ -293,23 +313,27 @@ def sampler_inputs(
 def size_inputs(width: int, height: int) -> list[io.Input]:
     """width and height of a figure in pixels."""
     return [
-        io.Int.Input(
-            "width",
-            default=width,
-            min=256,
-            max=4096,
-            step=8,
-            optional=True,
-            tooltip="Width in pixels. A wider image is sharper and has larger text.",
+        rare(
+            io.Int.Input(
+                "width",
+                default=width,
+                min=256,
+                max=4096,
+                step=8,
+                optional=True,
+                tooltip="Width in pixels. A wider image is sharper and has larger text.",
+            )
         ),
-        io.Int.Input(
-            "height",
-            default=height,
-            min=256,
-            max=4096,
-            step=8,
-            optional=True,
-            tooltip="Height in pixels. A taller image gives the panels more room.",
+        rare(
+            io.Int.Input(
+                "height",
+                default=height,
+                min=256,
+                max=4096,
+                step=8,
+                optional=True,
+                tooltip="Height in pixels. A taller image gives the panels more room.",
+            )
         ),
     ]
 
@@ -322,7 +346,7 @@ def report_output() -> io.Output:
     return FP8Report.Output(
         id="FP8_REPORT",
         display_name="report",
-        tooltip="What was quantized, and the error it caused. Connect it to FP8 Error Histogram or FP8 Layer Report.",
+        tooltip="What was quantized, and the error it caused. Connect it to Error Histogram or Layer Report.",
     )
 
 

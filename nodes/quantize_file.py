@@ -1,4 +1,4 @@
-"""Stochastic FP8 Quantize File: a streamed file-to-file job that never loads the model."""
+"""Convert File to FP8: a streamed file-to-file job that never loads the model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from comfyui_version import __version__ as COMFYUI_VERSION
 
 from ..kernels.engine.file_job import quantize_file
 from ..kernels.numerics.rounding import METHODS
+from ..kernels.selection.components import Components
 from ..kernels.selection.selection import LAYERS
 from .devices import compute_device, make_room
 from .diffusers_names import open_native
 from .files import (
     OUTPUT_FOLDERS,
+    TOKENS,
     check_detected,
     check_entries,
     check_folder,
+    fill_tokens,
     find_source,
     fingerprint,
     list_sources,
@@ -33,7 +36,6 @@ from .options import (
     device_input,
     filename_output,
     layer_inputs,
-    layers_problem,
     layout_input,
     limit_inputs,
     matmul_input,
@@ -43,7 +45,7 @@ from .options import (
     rounding_inputs,
 )
 from .progress import JobProgress
-from .schema import CATEGORY, newer
+from .schema import CATEGORY, newer, rare
 
 log = logging.getLogger("stochastic_fp8")
 
@@ -56,9 +58,15 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
         return newer(
             io.Schema,
             node_id="StochasticFP8QuantizeFile",
-            display_name="Stochastic FP8 Quantize File",
+            display_name="Convert File to FP8",
             category=CATEGORY,
-            search_aliases=["convert to fp8", "quantize checkpoint", "float8"],
+            search_aliases=[
+                "convert",
+                "convert checkpoint",
+                "convert safetensors",
+                "quantize file",
+                "quantize checkpoint",
+            ],
             description=(
                 "Quantizes a file of any size to a scaled FP8 file. The model is not loaded: only a few tensors are in "
                 "memory at a time. In an all-in-one checkpoint, the diffusion model and large text encoders are "
@@ -75,8 +83,9 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
                 *layer_inputs(layers=LAYERS)[:1],
                 io.String.Input(
                     "filename_prefix",
-                    default="stochastic_fp8",
-                    tooltip="The name of the new file. A number is added, unless overwrite is on.",
+                    default=TOKENS,
+                    tooltip="The name of the new file. %model% stands for the name of the old one, %format% for the "
+                    "format. A number is added, unless overwrite is on.",
                 ),
                 layout_input(),
                 io.Boolean.Input(
@@ -84,11 +93,13 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
                     default=False,
                     tooltip="Replaces an earlier file of this name, once the new one is complete and verified.",
                 ),
-                io.Boolean.Input(
-                    "requantize",
-                    default=False,
-                    tooltip="Accepts a file whose layers are already in this format. Rounding them again costs more "
-                    "quality.",
+                rare(
+                    io.Boolean.Input(
+                        "requantize",
+                        default=False,
+                        tooltip="Accepts a file whose layers are already in this format. Rounding them again costs "
+                        "more quality.",
+                    )
                 ),
                 *layer_inputs()[1:],
                 matmul_input(),
@@ -104,8 +115,8 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix=None, layers=None):
-        return prefix_problem(filename_prefix, OUTPUT_FOLDERS.values()) or layers_problem(layers, LAYERS) or True
+    def validate_inputs(cls, filename_prefix=None):
+        return prefix_problem(filename_prefix, OUTPUT_FOLDERS.values()) or True
 
     @classmethod
     def fingerprint_inputs(cls, file, **choices):
@@ -127,13 +138,14 @@ class StochasticFP8QuantizeFile(io.ComfyNode):
         chosen = recipe(**choices)
         if not for_another_comfyui:
             check_entries(chosen.layout, [chosen.format])
-        target = target_path(kind, filename_prefix, overwrite)
+        target = target_path(kind, fill_tokens(filename_prefix, source.name, [chosen.format]), overwrite)
         where = compute_device(device, comfy.model_management.get_torch_device())
         progress = JobProgress()
         with open_native(source) as opened:
             if not for_another_comfyui:
-                check_folder(kind, opened)
-                check_detected(opened)
+                components = Components(opened.tensors)
+                check_folder(kind, opened, components)
+                check_detected(opened, components)
             make_room(where, (info.nbytes for info in opened.tensors.values()))
             report = quantize_file(
                 opened,

@@ -6,6 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
+from ..kernels import display
 from ..kernels.engine.quantization import recipe_entry
 from ..kernels.numerics.rounding import METHODS
 from ..kernels.report.report import join_reports
@@ -14,6 +15,7 @@ from ..kernels.selection.selection import LAYERS
 from . import models
 from .calibrate_text_encoder import check_encoders, encoder_calibration
 from .devices import compute_device
+from .files import workflow_metadata
 from .in_graph import NetworkJob
 from .live import summary_output
 from .options import (
@@ -28,6 +30,7 @@ from .options import (
     report_output,
     rounding_inputs,
 )
+from .running import source_name
 from .schema import CATEGORY, newer
 
 log = logging.getLogger("stochastic_fp8")
@@ -43,13 +46,22 @@ class StochasticFP8Quantize(io.ComfyNode):
             node_id="StochasticFP8Quantize",
             display_name="Stochastic FP8 Quantize",
             category=CATEGORY,
-            search_aliases=["fp8", "quantize", "quantise", "float8"],
+            search_aliases=[
+                "fp8",
+                "float8",
+                "quantize model",
+                "quantise",
+                "stochastic rounding",
+                "compress",
+                "smaller model",
+                "vram",
+                "less memory",
+            ],
             description=(
                 "Quantizes a model to scaled FP8: half the memory for the quantized layers, almost the same image. "
                 "LoRAs before this node are merged in full precision, then rounded once. What you sample is exactly "
                 "what Save Scaled FP8 Model writes. For the image closest to the original, choose rounding calibrated "
-                "if you have a calibration, and nearest otherwise. The stochastic methods have twice the squared "
-                "error of nearest, but no bias."
+                "if you have a calibration, and nearest otherwise."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model to quantize, in 16 bits. It is not changed."),
@@ -65,6 +77,7 @@ class StochasticFP8Quantize(io.ComfyNode):
                 io.Model.Output(id="MODEL", display_name="model", tooltip="The quantized model."),
                 report_output(),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -77,13 +90,13 @@ class StochasticFP8Quantize(io.ComfyNode):
         models.check_runs(chosen.format)
         network = models.diffusion_network(model)
         where = compute_device(device, network.patcher.load_device)
-        job = NetworkJob(network, chosen, where, calibration)
+        job = NetworkJob(network, chosen, where, calibration, workflow_metadata(cls.hidden))
         models.check_recognised(model, network)
         state = job.run()
         job.quantization.check_anything_left()
-        report = job.quantization.report()
+        quantized = models.load_quantized_model(model, state, recipe_entry(job.quantization.report()))
+        report = job.quantization.report()  # complete, now that the loader has read the kept tensors
         _log(report)
-        quantized = models.load_quantized_model(model, state, recipe_entry(report))
         return io.NodeOutput(quantized, report, ui=summary_output(report))
 
 
@@ -95,9 +108,9 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
         return newer(
             io.Schema,
             node_id="StochasticFP8QuantizeTextEncoder",
-            display_name="Stochastic FP8 Quantize Text Encoder",
+            display_name="Stochastic FP8 Text Encoder",
             category=CATEGORY,
-            search_aliases=["fp8", "quantize clip", "t5", "float8"],
+            search_aliases=["t5 fp8", "fp8 t5", "quantize clip", "quantize t5", "umt5", "smaller text encoder"],
             description=(
                 "Quantizes large text encoders (T5-XXL, language models) to scaled FP8. CLIP-L and CLIP-G pass "
                 "through unchanged because ComfyUI cannot read them in FP8. The report lists what was left unchanged, "
@@ -110,7 +123,7 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
                 nonfinite_input(),
                 device_input(),
                 calibration_input(
-                    "What FP8 Calibration (Text Encoder) recorded for this text encoder. Rounding calibrated needs it."
+                    "What Text Encoder Calibration recorded for this text encoder. Rounding calibrated needs it."
                 ),
             ],
             outputs=[
@@ -134,27 +147,26 @@ class StochasticFP8QuantizeTextEncoder(io.ComfyNode):
         ]
         check_encoders(jobs, calibration)
         states = {job.network: job.run() for job in jobs}
-        reports = [job.quantization.report() for job in jobs]
-        report = join_reports(reports, type(clip.cond_stage_model).__name__.rstrip("_"))
+        name = source_name("clip", "CLIP") or type(clip.cond_stage_model).__name__.rstrip("_")
+        report = join_reports([job.quantization.report() for job in jobs], name)
+        if report.layers:
+            scaled = {network: state for network, state in states.items() if state.weights}
+            clip = models.load_quantized_clip(clip, scaled, recipe_entry(report))
+            # Complete, now that the loader has read the kept tensors.
+            report = join_reports([job.quantization.report() for job in jobs], name)
         _log(report)
-        if not report.layers:
-            return io.NodeOutput(clip, report, ui=summary_output(report))
-        scaled = {network: state for network, state in states.items() if state.weights}
-        quantized = models.load_quantized_clip(clip, scaled, recipe_entry(report))
-        return io.NodeOutput(quantized, report, ui=summary_output(report))
+        return io.NodeOutput(clip, report, ui=summary_output(report))
 
 
 def _log(report) -> None:
-    before, after = report.bytes_before / 1e9, report.bytes_after / 1e9
     log.info(
-        "%s: %d layers quantized to %s with %s rounding, %d tensors kept, %.3f GB -> %.3f GB",
+        "%s: %d layers quantized to %s with %s rounding, %d tensors kept, %s",
         report.source,
         len(report.layers),
         report.recipe.format,
         report.recipe.rounding,
         len(report.kept),
-        before,
-        after,
+        display.sizes(report.bytes_before, report.bytes_after),
     )
     for note in report.notes:
         log.info("%s", note)

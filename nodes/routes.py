@@ -12,7 +12,7 @@ from comfy.cli_args import args
 from server import PromptServer
 
 from ..kernels import Recipe
-from ..kernels.errors import PatternError, StochasticFP8Error, UnknownPatternError
+from ..kernels.errors import PatternError, StochasticFP8Error
 from ..kernels.selection.patterns import check_length
 from ..kernels.selection.selection import LAYERS
 from .live import last_messages, summaries_of_prompt
@@ -59,9 +59,10 @@ async def get_summaries(request: web.Request) -> web.Response:
 
 @routes.post("/stochastic_fp8/plan")
 async def post_plan(request: web.Request) -> web.Response:
-    """{"file", "part", SWITCHES, and any of PLAN_INPUTS} -> make_plan's answer, or {"error": one line}.
+    """{"file", "part", SWITCHES, and any of PLAN_INPUTS} -> make_plan's answer, or why there is none.
 
-    {"unmatched": one line} for patterns that match nothing, such as a name that is half typed.
+    {"unmatched": one line} for patterns that match nothing, such as a name that is half typed. {"error": one line} for
+    a plan that cannot be made, and with a status of 4xx for a request that the page does not send.
     """
     try:
         _check_origin(request)
@@ -69,12 +70,12 @@ async def post_plan(request: web.Request) -> web.Response:
         return web.json_response(await asyncio.to_thread(make_plan, *arguments))
     except BadRequest as error:
         return _refusal(error.status, error)
-    except UnknownPatternError as error:
-        return web.json_response({"unmatched": " ".join(str(error).splitlines())})
+    except PatternError as error:
+        return web.json_response({"unmatched": _one_line(error)})
     except NoSuchFile as error:
         return _refusal(404, error)
     except (StochasticFP8Error, ValueError, OSError) as error:
-        return _refusal(422, error)
+        return web.json_response({"error": _one_line(error)})
 
 
 def _check_origin(request: web.Request) -> None:
@@ -152,4 +153,8 @@ def _plan_arguments(body: dict[str, Any]) -> tuple[str, str, Recipe, bool, str, 
 
 
 def _refusal(status: int, error: Exception) -> web.Response:
-    return web.json_response({"error": " ".join(str(error).splitlines())}, status=status)
+    return web.json_response({"error": _one_line(error)}, status=status)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines())

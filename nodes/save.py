@@ -9,19 +9,24 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 from comfyui_version import __version__ as COMFYUI_VERSION
 
+from ..kernels import display
 from ..kernels.choices import choose
+from ..kernels.engine.measured_choice import GB
 from ..kernels.engine.quantization import RECIPE_ENTRY
 from ..kernels.errors import CheckpointError
 from ..kernels.selection.components import Components
 from ..kernels.state_dict.compatibility import EXACT, check_usable, layout_verdicts, verdict_of
 from ..kernels.state_dict.layouts import LAYOUTS
 from ..kernels.state_dict.scaled_state_dict import ScaledStateDict
+from ..kernels.state_dict.size import METADATA_BYTES, metadata_bytes, state_dict_bytes
 from ..kernels.state_dict.write import write_state_dict
 from . import models
 from .files import (
     OUTPUT_FOLDERS,
+    TOKENS,
     check_entries,
     check_prefix,
+    fill_tokens,
     loader_name,
     prefix_problem,
     target_path,
@@ -31,6 +36,7 @@ from .live import files_output
 from .networks import ModelError, Network, beside_tensors, narrow
 from .options import another_comfyui_input, filename_output, layout_input
 from .progress import JobProgress
+from .running import source_name
 from .schema import CATEGORY, newer
 
 log = logging.getLogger("stochastic_fp8")
@@ -48,7 +54,7 @@ def model_contents(model) -> ScaledStateDict:
 def text_contents(clip) -> dict[str, ScaledStateDict]:
     """Each quantized text encoder by its name, under the names that CLIPLoader reads."""
     networks = models.text_networks(clip)
-    _check_quantized(networks.values(), "CLIP", "Stochastic FP8 Quantize Text Encoder")
+    _check_quantized(networks.values(), "CLIP", "Stochastic FP8 Text Encoder")
     found = {}
     for name, network in networks.items():
         if network.scaled:
@@ -90,7 +96,7 @@ class StochasticFP8Save(io.ComfyNode):
             node_id="StochasticFP8Save",
             display_name="Save Scaled FP8 Model",
             category=CATEGORY,
-            search_aliases=["save fp8", "export fp8", "checkpoint"],
+            search_aliases=["save fp8", "export fp8", "save checkpoint", "save quantized model"],
             description=(
                 "Saves a quantized model without rounding it again: loaded back, it gives the same image, bit for "
                 "bit. A model alone goes to output/diffusion_models. With a text encoder or a VAE, it becomes one "
@@ -100,8 +106,9 @@ class StochasticFP8Save(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "filename_prefix",
-                    default="stochastic_fp8",
-                    tooltip="The name of the file. A number is added, so that no file is overwritten.",
+                    default=TOKENS,
+                    tooltip="The name of the file. %model% stands for the name of the model's file, %format% for the "
+                    "format. A number is added, unless overwrite is on.",
                 ),
                 layout_input(),
                 io.Model.Input(
@@ -112,6 +119,12 @@ class StochasticFP8Save(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="A text encoder to save, alone or with the model."),
                 io.Vae.Input("vae", optional=True, tooltip="A VAE for an all-in-one checkpoint. It is not changed."),
                 another_comfyui_input(),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    optional=True,
+                    tooltip="Replaces an earlier file of this name, once the new one is complete and verified.",
+                ),
             ],
             outputs=[filename_output()],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -123,7 +136,9 @@ class StochasticFP8Save(io.ComfyNode):
         return prefix_problem(filename_prefix, OUTPUT_FOLDERS.values()) or True
 
     @classmethod
-    def execute(cls, filename_prefix, layout, model=None, clip=None, vae=None, for_another_comfyui=False):
+    def execute(
+        cls, filename_prefix, layout, model=None, clip=None, vae=None, for_another_comfyui=False, overwrite=False
+    ):
         choose(LAYOUTS, layout, "layout")
         if model is None and clip is None:
             raise ModelError("nothing to save: connect a model, a text encoder (clip), or both")
@@ -142,10 +157,12 @@ class StochasticFP8Save(io.ComfyNode):
         recipe = owner.attachments.get(models.ATTACHMENT)
         if recipe:
             metadata[RECIPE_ENTRY] = json.dumps(recipe | {"layout": layout}, sort_keys=True)
+        if recipe and kind == "diffusion_models":
+            metadata = _within_limit(files[""], metadata, recipe.get("size_limit", 0))
         saved = {}
-        for encoder, contents in files.items():
-            path = target_path(kind, f"{prefix}_{encoder}" if len(files) > 1 else prefix)
-            _write(path, contents, layout, metadata)
+        for encoder, filled in _prefixes(prefix, files, model).items():
+            path = target_path(kind, filled, overwrite)
+            _write(path, files[encoder], layout, metadata, overwrite)
             saved[loader_name(kind, path)] = path
         names = "\n".join(saved)
         shown = {**ui.PreviewText(names).as_dict(), **files_output(OUTPUT_FOLDERS[kind], saved)}
@@ -170,9 +187,43 @@ def _check_usable(contents: ScaledStateDict, layout: str, for_another_comfyui: b
         log.warning("%s", verdict)
 
 
-def _write(path: Path, contents: ScaledStateDict, layout: str, metadata: dict[str, str]) -> None:
-    inspection = write_state_dict(contents, path, layout=layout, metadata=metadata, progress=JobProgress())
-    log.info("saved %s: %d scaled FP8 layers, %.3f GB", path, inspection.scaled, path.stat().st_size / 1e9)
+def _within_limit(contents: ScaledStateDict, metadata: dict[str, str], limit: float) -> dict[str, str]:
+    """The metadata; without the workflow if it takes the file above the limit, as it can if it grew since quantizing.
+
+    limit: the size in GB for which the layers were chosen; 0: none.
+    """
+    nbytes = state_dict_bytes(contents) - METADATA_BYTES + metadata_bytes(metadata)
+    if not limit or nbytes <= limit * GB:
+        return metadata
+    log.warning("the workflow is not in the file, which it would make larger than %g GB; quantize again", limit)
+    return {RECIPE_ENTRY: metadata[RECIPE_ENTRY]}
+
+
+def _prefixes(prefix: str, files: dict[str, ScaledStateDict], model) -> dict[str, str]:
+    """The prefix of each file, with its tokens filled in. Equal ones end in the name of the encoder.
+
+    files: by the name of the encoder; of a model, one file.
+    """
+    prefixes = {}
+    for encoder, contents in files.items():
+        name = models.diffusion_network(model).name if model is not None else _encoder_name(encoder)
+        prefixes[encoder] = fill_tokens(prefix, name, (layer.format for layer in contents.layers))
+    if len(set(prefixes.values())) < len(prefixes):
+        return {encoder: f"{filled}_{encoder}" for encoder, filled in prefixes.items()}
+    return prefixes
+
+
+def _encoder_name(encoder: str) -> str:
+    """The file of an encoder, if the CLIP's loader names one file or one with the encoder's name; else its name."""
+    files = (source_name("clip", "CLIP") or "").split(" + ")
+    return files[0] if len(files) == 1 and files[0] else next((file for file in files if encoder in file), encoder)
+
+
+def _write(path: Path, contents: ScaledStateDict, layout: str, metadata: dict[str, str], overwrite: bool) -> None:
+    inspection = write_state_dict(
+        contents, path, layout=layout, metadata=metadata, overwrite=overwrite, progress=JobProgress()
+    )
+    log.info("saved %s: %d scaled FP8 layers, %s", path, inspection.scaled, display.bytes(path.stat().st_size))
     for verdict in inspection.verdicts:
         if verdict.outcome != EXACT:
             log.info("%s", verdict)
@@ -192,5 +243,5 @@ def _check_savable(network: Network, what: str) -> None:
     if patched:
         raise ModelError(
             f"a LoRA or another patch changes {len(patched)} weights of this {what} (e.g. '{patched[0]}') after it was "
-            "quantized, and saving would round them a second time: move it before Quantize"
+            "quantized, and saving would round them a second time: move it before Stochastic FP8 Quantize"
         )

@@ -88,8 +88,7 @@ def _quantize_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a file from Save FP8 Calibration; for --calibrated, --preset measured and the input scales of --matmul "
-        "fp8",
+        help="a file from Save Calibration; for --calibrated, --preset measured and the input scales of --matmul fp8",
     )
     _add_limits(_add_layer_arguments(parser, LAYERS))
     file = parser.add_argument_group("output file")
@@ -140,7 +139,7 @@ def _compare_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a file from Save FP8 Calibration; adds calibrated rounding and the error of the layer outputs",
+        help="a file from Save Calibration; adds calibrated rounding and the error of the layer outputs",
     )
     _add_layer_arguments(parser, PRESET_LAYERS)
     parser.set_defaults(size_limit=0.0, target_db=0.0)

@@ -1,6 +1,7 @@
 """Calibration in a real ComfyUI: what is recorded and saved, that nothing stays behind, and what it gains."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -264,7 +265,7 @@ def test_without_a_calibration_the_error_says_what_to_connect(bench):
     bench.keep(graph, landscape(graph)[1])
     quantized = quantize(graph, bench.load(graph, "sd3"), rounding="calibrated")
     save(graph, "never", model=quantized)
-    with pytest.raises(ExecutionError, match="connect FP8 Calibration or Load FP8 Calibration"):
+    with pytest.raises(ExecutionError, match="connect FP8 Calibration or Load Calibration"):
         bench.server.queue(graph.prompt)
 
 
@@ -326,7 +327,7 @@ def test_calibrated_is_offered_where_a_calibration_can_be_connected(bench):
 
     for node in ("StochasticFP8Quantize", "StochasticFP8QuantizeFile", "StochasticFP8QuantizeTextEncoder"):
         choices, connects = roundings(node)
-        assert choices[-1] == "calibrated" and connects
+        assert choices[:3] == ["stochastic", "nearest", "calibrated"] and connects
 
 
 def test_one_progress_bar_covers_all_runs(bench):
@@ -337,13 +338,17 @@ def test_one_progress_bar_covers_all_runs(bench):
     plain = graph.sample(scene[0], scene[1], scene[2], latent, seed=78, steps=3)
     bench.keep(graph, node[1])
     bench.keep(graph, plain)
-    seen = {node.id: [], plain.id: []}
+    seen, texts = {node.id: [], plain.id: []}, []
 
     def note(kind, data):
         if kind == "progress" and data["node"] in seen:
             seen[data["node"]].append((data["value"], data["max"]))
+        if kind == "progress_text":
+            texts.append((data["node"], data["text"]))
 
     bench.server.queue(graph.prompt, on_event=note)
+    assert texts[-1][0] == node.id and re.fullmatch(r"4 runs in .+ s", texts[-1][1])
+    assert all(re.fullmatch(r"run [1-4] of 4\n.+ left", text) for _, text in texts[:-1])
     values = [value for value, _ in seen[node.id]]
     assert values == sorted(values) and values[-1] == 12
     assert {most for _, most in seen[node.id]} == {12}

@@ -123,7 +123,7 @@ def test_a_calibration_of_a_diffusion_model_is_an_error(bench, t5):
     quantized = quantize(graph, load_clips(graph, t5), calibration=other)
     graph.add("TestShowText", value=quantized[1])
     text = (
-        r"the calibration \(SD3, 1 run of 1 step\) has no inputs that fit t5xxl: record this text encoder with FP8 Cal"
+        r"the calibration \(SD3, 1 run of 1 step\) has no inputs that fit t5xxl: record this text encoder with Text Enc"
     )
     with pytest.raises(ExecutionError, match=text):
         bench.server.queue(graph.prompt)

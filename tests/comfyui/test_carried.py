@@ -203,7 +203,7 @@ def test_a_lora_in_bypass_mode_after_quantize_is_not_saved(bench):
     quantized = quantize(graph, bench.load(graph, "carried.safetensors"), **NEAREST)
     patched = graph.add("LoraLoaderBypassModelOnly", model=quantized, lora_name=LORA, strength_model=1.0)
     save(graph, "bypass_after", model=patched)
-    with pytest.raises(ExecutionError, match="move it before Quantize"):
+    with pytest.raises(ExecutionError, match="move it before Stochastic FP8 Quantize"):
         bench.server.queue(graph.prompt)
 
 

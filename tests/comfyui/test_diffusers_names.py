@@ -1,4 +1,4 @@
-"""Model files in the diffusers layout, which Quantize File converts to ComfyUI's names by ComfyUI's own map."""
+"""Model files in the diffusers layout, which Convert File to FP8 converts to ComfyUI's names by ComfyUI's own map."""
 
 import pytest
 import tiny_models
@@ -146,7 +146,7 @@ def other_width(tensors):
 
 
 def refused(bench, tensors, name, model):
-    """Whether Quantize File refuses a file with these tensors in one line, and writes nothing."""
+    """Whether Convert File to FP8 refuses a file with these tensors in one line, and writes nothing."""
     save_file(tensors, bench.server.models("diffusion_models") / name)
     with pytest.raises(ExecutionError, match=f"holds {model} in the diffusers layout") as error:
         quantized(bench, name, "never")

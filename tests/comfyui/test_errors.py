@@ -163,12 +163,13 @@ def test_a_model_loaded_as_unscaled_fp8(bench, weight_dtype):
 
 
 def test_a_model_without_linear_layers(bench):
+    name = fresh(bench, "unlinear")
     message = quantize_fails(
         bench,
         change=lambda graph, model: graph.add("TestUnlinearModel", model=model),
-        load=lambda graph: bench.load(graph, fresh(bench, "unlinear")),
+        load=lambda graph: bench.load(graph, name),
     )
-    assert "SD3 has nothing to quantize" in message
+    assert f"{name} has nothing to quantize" in message
     assert "no Linear layer" in message
 
 
@@ -190,6 +191,25 @@ def test_values_that_are_not_finite(bench):
     assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in saved.values()) == 19
 
 
+def test_kept_values_that_are_not_finite_are_named(bench):
+    """In the graph as by file: they are no reason to stop, but images can be black."""
+    tensors = load_file(bench.model_file("sd3"))
+    tensors["final_layer.linear.bias"][:2] = float("nan")
+    tensors["y_embedder.mlp.0.weight"][0, 0] = float("inf")
+    name = bench.place("nonfinite_kept_tensors.safetensors", tensors)
+    graph = Graph()
+    in_graph = quantize(graph, bench.load(graph, name))
+    choices = {**RECIPE, **FILE_OPTIONS}
+    by_file = graph.add(
+        "StochasticFP8QuantizeFile", file=f"diffusion_models/{name}", filename_prefix="kept_nonfinite", **choices
+    )
+    tables = [graph.add("StochasticFP8LayerReport", report=node[1]) for node in (in_graph, by_file)]
+    for text in bench.texts(graph, *(graph.add("TestShowText", value=table[2]) for table in tables)):
+        (note,) = [note for note in json.loads(json.loads(text))["notes"] if "not finite" in note]
+        assert note.startswith("2 kept tensors with values that are not finite, copied as they are: ")
+        assert "final_layer.linear.bias (2 NaN, 0 infinite)" in note or "y_embedder.mlp.0.weight (0 NaN, 1" in note
+
+
 def test_a_lora_between_quantize_and_save(bench):
     lora = tiny_models.write_sd3_lora(bench.server.models("loras") / "between.safetensors", depth=3)
     graph = Graph()
@@ -198,7 +218,7 @@ def test_a_lora_between_quantize_and_save(bench):
     save(graph, "never", model=patched)
     message, node = fails(bench, graph)
     assert node == "StochasticFP8Save"
-    assert "move it before Quantize" in message
+    assert "move it before Stochastic FP8 Quantize" in message
     assert not list(bench.saved("").glob("never_*"))
 
 
@@ -208,6 +228,14 @@ def test_saving_a_model_that_is_not_quantized(bench):
     message, node = fails(bench, graph)
     assert node == "StochasticFP8Save"
     assert "put Stochastic FP8 Quantize before" in message
+
+
+def test_the_type_of_an_error_has_no_path(bench):
+    graph = Graph()
+    save(graph, "never", model=bench.load(graph, "sd3"))
+    with pytest.raises(ExecutionError) as failed:
+        bench.server.queue(graph.prompt)
+    assert failed.value.type == "stochastic_fp8.ModelError"
 
 
 def test_saving_without_an_input(bench):
@@ -273,9 +301,8 @@ def test_a_prefix_that_leads_out_of_its_folder_is_refused_before_any_node_runs(b
         with pytest.raises((PromptRejected, ExecutionError)) as refused:
             bench.server.queue(graph.prompt)
         if isinstance(refused.value, PromptRejected):
-            errors = [error for node in refused.value.node_errors.values() for error in node["errors"]]
-            details = {error["details"] for error in errors}  # ComfyUI repeats it for every input that the node checks
-            (message,) = {text.partition(" - ")[2] or text for text in details}
+            (error,) = (error for node in refused.value.node_errors.values() for error in node["errors"])
+            message = error["details"].partition(" - ")[2] or error["details"]
         else:
             assert refused.value.node_type == "StochasticFP8Inspect"  # nothing runs before it
             message = refused.value.message
@@ -305,6 +332,8 @@ PREFIXES = [
     ("diffusion_models/../c", ["c_00001_"]),
     ("diffusion_models/b\\c.safetensors", ["b/c_00004_"]),
     ("%year%/x", [f"{time.localtime().tm_year}/x_00001_"]),
+    ("%model%_%format%", ["sd3_float8_e4m3fn_00001_"]),
+    ("%models%/%seed%%format%", ["%models%/%seed%float8_e4m3fn_00001_"]),
 ]
 """A prefix, and the names that the next runs with it get."""
 

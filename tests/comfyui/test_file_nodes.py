@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import urllib.error
 
 import pytest
 import tiny_models
@@ -232,10 +231,8 @@ def test_a_plan_for_the_text_encoders_of_a_file_without_any(bench):
     tensors = tiny_models.state_dict(tiny_models.wan_shapes())
     name = "prefixed_wan.safetensors"
     bench.place(name, {f"model.diffusion_model.{key}": tensor for key, tensor in tensors.items()})
-    with pytest.raises(urllib.error.HTTPError) as error:
-        plan(bench, f"diffusion_models/{name}", part="clip")
-    assert error.value.code == 422
-    assert json.load(error.value)["error"] == f"{name}: holds no text encoder: load one with a CLIP loader"
+    answer = plan(bench, f"diffusion_models/{name}", part="clip")
+    assert answer == {"error": f"{name}: holds no text encoder: load one with a CLIP loader"}
 
 
 def test_the_plan_knows_the_format_of_layers_that_stay(bench):
@@ -291,7 +288,7 @@ def test_an_all_in_one_checkpoint(bench):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04pickle", b"\xff" * 64, b"\x10\x00\x00\x00\x00\x00\x00\x00{"])
 def test_a_broken_file_is_named(bench, content):
-    """Quantize File fails. Inspect reports."""
+    """Convert File to FP8 fails. Inspect reports."""
     path = bench.server.models("diffusion_models") / "broken.safetensors"
     path.write_bytes(content)
     graph = Graph()
@@ -333,7 +330,7 @@ def test_inspecting_a_file_without_faults(bench):
     assert image.shape[0] == 1
     assert image.shape[2:] == (1024, 3)
     assert image.amin() >= 0
-    assert 0.5 < image.mean() < 1
+    assert 0 < image.mean() < 0.5  # dark
 
 
 def faulty(bench, name):
@@ -408,13 +405,17 @@ def test_saved_presets_outside_the_list_run(bench):
     assert "nearest" in bench.texts(graph, graph.add("TestShowText", value=compare[1]))[0]
 
 
-@pytest.mark.parametrize("node", ["StochasticFP8Quantize", "StochasticFP8QuantizeFile"])
-def test_unknown_presets_are_refused_with_the_known_ones(bench, node):
+def test_unknown_presets_are_refused_with_the_known_ones(bench):
     graph = Graph()
-    if node == "StochasticFP8Quantize":
-        save(graph, "never", model=quantize(graph, bench.load(graph, "sd3"), layers="flx"))
-    else:
-        bench.model_file("sd3")
-        quantize_file(graph, "diffusion_models/sd3.safetensors", "never", layers="flx")
+    save(graph, "never", model=quantize(graph, bench.load(graph, "sd3"), layers="flx"))
     with pytest.raises(PromptRejected, match="unknown layers 'flx': choose one of auto, all_linear, flux"):
+        bench.server.queue(graph.prompt)
+
+
+def test_unknown_presets_of_a_file_are_refused(bench):
+    """By ComfyUI, which has the whole list; by the node in 0.3.75, which does not look."""
+    graph = Graph()
+    bench.model_file("sd3")
+    quantize_file(graph, "diffusion_models/sd3.safetensors", "never", layers="flx")
+    with pytest.raises((PromptRejected, ExecutionError), match="layers:? 'flx'"):
         bench.server.queue(graph.prompt)

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+from comfyui.server import PACK_ROOT
 
 SNAPSHOT = Path(__file__).with_name("schemas.json")
 
@@ -77,6 +78,35 @@ def test_schemas_are_the_committed_ones(nodes):
         SNAPSHOT.write_text(as_text(current))
     committed, found = (text.splitlines() for text in (SNAPSHOT.read_text(), as_text(current)))
     assert found == committed, "\n".join([RULES, *difflib.unified_diff(committed, found, "committed", "found", n=1)])
+
+
+def test_names_differ_when_they_are_cut_off(nodes):
+    """The page's list of nodes shows about this many characters."""
+    assert len({info["display_name"][:20] for info in nodes.values()}) == len(nodes)
+
+
+@pytest.mark.parametrize("name", ["keep", "only"])
+def test_boxes_for_patterns_have_hints(nodes, name):
+    hint = nodes["StochasticFP8Quantize"]["input"]["optional"][name][1]
+    for text in (hint["placeholder"], hint["display_name"]):
+        assert text.startswith(f"{name} (one pattern per line)")
+        assert "blocks." in text
+
+
+def test_calibrating_is_advised_with_one_number(comfyui, nodes):
+    """The README's figures are of as many images."""
+    page = comfyui.get("/extensions/stochastic-fp8/docs/StochasticFP8Calibrate.md").decode()
+    node = nodes["StochasticFP8Calibrate"]
+    runs = node["input"]["required"]["runs"][1]["tooltip"]
+    for text in (runs, node["description"], page, (PACK_ROOT / "README.md").read_text()):
+        assert "Render 32 images" in text
+
+
+def test_rare_inputs_are_behind_a_button(comfyui, nodes):
+    if comfyui.version < (0, 33):
+        pytest.skip("ComfyUI 0.3.75 and 0.8 show every input")
+    shown = [name for name, _, options, _ in inputs_of(nodes["StochasticFP8Quantize"]) if not options.get("advanced")]
+    assert shown == ["model", "format", "rounding", "layers", "keep", "calibration", "size_limit"]
 
 
 def test_every_node_is_described(nodes):

@@ -1,4 +1,4 @@
-"""FP8 Sensitivity in a real ComfyUI: effects beside models with one rounded layer, no trace, errors, and the choice."""
+"""Layer Sensitivity in a real ComfyUI: effects, no trace, errors and the choice."""
 
 import json
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui.graph import Graph
-from comfyui.pack import FILE_OPTIONS, RECIPE, lora_of, quantize, save
+from comfyui.pack import FILE_OPTIONS, RECIPE, lora_of, metadata_of, quantize, save
 from comfyui.server import ExecutionError, ExecutionInterrupted, PromptRejected
 from safetensors.torch import load_file, save_file
 from stochastic_fp8_pack.kernels.calibration.file import load_calibration
@@ -258,7 +258,7 @@ def test_a_calibration_of_another_model_is_refused(bench, calibration):
     prompt = graph.add("TestRandomConditioning", seed=1, tokens=8, width=4096, pooled_width=0)
     latent = graph.add("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1)
     node = measure(graph, (bench.load(graph, "wan"), prompt, prompt), latent, calibration=other)
-    assert "the calibration is of another model than WAN21" in failing(bench, graph, node)
+    assert "the calibration is of another model than wan.safetensors" in failing(bench, graph, node)
 
 
 # The choice
@@ -288,6 +288,25 @@ def test_graph_and_file_make_the_same_file_within_the_limit(bench, calibration):
     density = {key: effects[key].change / load_file(LANDSCAPES)[key].numel() for key in effects}
     assert max(density, key=density.get) in kept
     assert min(density, key=density.get) not in kept
+
+
+def test_a_large_workflow_counts(bench, calibration):
+    """Known when the layers are chosen, or grown since then: ComfyUI answers the second run from its cache."""
+    graph = Graph()
+    loaded = graph.add("StochasticFP8LoadCalibration", calibration_name=calibration[1])
+    choices = {"layers": "measured", "size_limit": 0.0062, "calibration": loaded}
+    quantized = quantize(graph, bench.load(graph, "sd3"), **choices)
+    sizes = []
+    for prefix, extent in (("large", 1_300_000), ("grown", 2_600_000)):
+        saver = save(graph, prefix, model=quantized)
+        entry = bench.server.queue(graph.prompt, workflow={"note": "x" * extent})
+        path = bench.saved(entry["outputs"][saver.id]["text"][0])
+        sizes.append(path.stat().st_size)
+        assert ("workflow" in metadata_of(path)) == (prefix == "large")
+        del graph.prompt[saver.id]
+    assert 5.6e6 < sizes[0] <= 6.2e6
+    assert sizes[1] <= sizes[0] - 1.3e6
+    assert "the workflow is not in the file, which it would make larger than 0.0062 GB" in bench.server.log()
 
 
 def test_a_kept_lora_counts_as_it_is_saved(bench):
@@ -337,7 +356,7 @@ def test_a_target_is_reached_in_real_renders(bench, calibration):
 def test_measured_needs_a_calibration(bench):
     graph = Graph()
     save(graph, "never", model=quantize(graph, scene_of(graph)[0], layers="measured", size_limit=1.0))
-    with pytest.raises(ExecutionError, match="connect FP8 Sensitivity or Load FP8 Calibration"):
+    with pytest.raises(ExecutionError, match="connect Layer Sensitivity or Load Calibration"):
         bench.server.queue(graph.prompt)
 
 

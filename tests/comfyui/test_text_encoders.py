@@ -175,7 +175,7 @@ def test_clip_l_alone_passes_through(bench, clip_l):
 def test_saving_clip_l_says_what_to_do(bench, clip_l):
     graph = Graph()
     save(graph, "never", clip=load_clips(graph, clip_l))
-    with pytest.raises(ExecutionError, match="put Stochastic FP8 Quantize Text Encoder before"):
+    with pytest.raises(ExecutionError, match="put Stochastic FP8 Text Encoder before"):
         bench.server.queue(graph.prompt)
 
 

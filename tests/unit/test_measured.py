@@ -300,7 +300,7 @@ def recorded(keys):
 def test_without_effects_the_predicted_output_error_counts():
     report = plan(recorded(sorted(landscape_layers())[::5]), size_limit=0.0083, rounding="nearest")
     assert any("chosen by predicted output error per byte" in note for note in report.notes)
-    assert "the effects on the picture were not measured: FP8 Sensitivity would choose better layers" in report.notes
+    assert "the effects on the picture were not measured: Layer Sensitivity would choose better layers" in report.notes
     assert kept_by_choice(report)
 
 
@@ -330,7 +330,7 @@ def test_limits_that_make_no_sense(choices, text):
 
 
 def test_measured_needs_a_calibration():
-    with pytest.raises(CalibrationError, match="connect FP8 Sensitivity or Load FP8 Calibration"):
+    with pytest.raises(CalibrationError, match="connect Layer Sensitivity or Load Calibration"):
         plan_file(LANDSCAPES, layers="measured", size_limit=1)
 
 

@@ -121,7 +121,7 @@ def test_tables(measured):
 
 
 def test_effects_are_needed():
-    with pytest.raises(CalibrationError, match="measure them with FP8 Sensitivity"):
+    with pytest.raises(CalibrationError, match="measure them with Layer Sensitivity"):
         study(Calibration({}))
     with pytest.raises(CalibrationError, match="made with another model"):
         study(
