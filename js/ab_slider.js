@@ -1,7 +1,9 @@
 /** The slider of Compare Images (A/B): two images with a divider between them, or their difference. */
 
 import { element, isolateEvents, shadowHost } from "./dom.js";
+import { formatDecibels } from "./numbers.js";
 import { SLIDER } from "./styles.js";
+import { t } from "./words.js";
 
 /** Percent of the width that an arrow key moves the divider. */
 const STEP = 2;
@@ -20,6 +22,7 @@ export class ABSlider {
     this.page = page;
     this.names = ["A", "B"];
     this.pairs = [];
+    this.scores = [];
     this.pair = 0;
     this.host = this.#build();
     this.#setPosition(50);
@@ -32,12 +35,26 @@ export class ABSlider {
    * @param {object[]} a images as ComfyUI reports them: {filename, subfolder, type}
    * @param {object[]} b
    * @param {string[]} [names] labels of A and B
+   * @param {[number|null, number][]} [scores] PSNR in dB (null for infinite) and SSIM of each pair
    */
-  show(a, b, names) {
+  show(a, b, names, scores) {
     this.#setNames(names ?? this.names);
+    this.scores = scores ?? [];
     const length = Math.max(a.length, b.length);
     this.pairs = Array.from({ length }, (_, i) => [a[Math.min(i, a.length - 1)], b[Math.min(i, b.length - 1)]]);
     this.#showPair(Math.min(this.pair, length - 1));
+  }
+
+  /**
+   * Show why the node failed, in place of the images.
+   * @param {string} message
+   */
+  showError(message) {
+    this.empty.className = "error";
+    this.empty.setAttribute("role", "alert");
+    this.empty.textContent = message;
+    this.empty.hidden = false;
+    this.pictures.hidden = true;
   }
 
   /** Read the amplification from the node again. */
@@ -46,7 +63,7 @@ export class ABSlider {
   }
 
   #build() {
-    this.empty = element("p", { class: "muted", textContent: "Run the workflow to compare the two images here." });
+    this.empty = element("p", { class: "muted", textContent: t("sliderIdle") });
     this.imageA = element("img", { class: "a", alt: "", load: () => this.#setAspectRatio() });
     this.imageB = element("img", { alt: "" });
     this.labelA = element("span", { class: "label left" });
@@ -78,14 +95,16 @@ export class ABSlider {
         click: () => this.#showPair(this.pair + by),
       });
     this.viewButtons = {
-      slider: viewButton("slider", "Slider"),
-      difference: viewButton("difference", "Difference"),
+      slider: viewButton("slider", t("sliderView")),
+      difference: viewButton("difference", t("sliderDifferenceView")),
     };
-    this.previous = pairButton("Previous pair", "‹", -1);
-    this.next = pairButton("Next pair", "›", 1);
+    this.previous = pairButton(t("sliderPrevious"), "‹", -1);
+    this.next = pairButton(t("sliderNext"), "›", 1);
     this.count = element("span", { "aria-live": "polite" });
     this.pairBar = element("span", { class: "pairs", hidden: true }, this.previous, this.count, this.next);
-    return element("div", { class: "bar" }, this.viewButtons.slider, this.viewButtons.difference, this.pairBar);
+    this.score = element("span", { class: "score" });
+    const { slider, difference } = this.viewButtons;
+    return element("div", { class: "bar" }, slider, difference, this.score, this.pairBar);
   }
 
   #addListeners() {
@@ -155,16 +174,16 @@ export class ABSlider {
 
   #describe() {
     const { pictures } = this;
-    const [a, b] = this.names.map((name) => `image ${name}`);
+    const [a, b] = this.names.map((name) => t("sliderImage", { name }));
     const hasDivider = this.view !== "difference";
     pictures.setAttribute("role", hasDivider ? "slider" : "img");
-    pictures.setAttribute("aria-label", `${hasDivider ? "Divider" : "Difference"} between ${a} and ${b}`);
+    pictures.setAttribute("aria-label", hasDivider ? t("sliderDivider", { a, b }) : t("sliderDifference", { a, b }));
     const at = Math.round(this.position);
     const values = {
       "aria-valuemin": 0,
       "aria-valuemax": 100,
       "aria-valuenow": at,
-      "aria-valuetext": `${at} % ${a}`,
+      "aria-valuetext": t("sliderPosition", { percent: at, a }),
     };
     for (const [name, value] of Object.entries(values)) {
       if (hasDivider) pictures.setAttribute(name, value);
@@ -182,9 +201,17 @@ export class ABSlider {
     this.imageA.src = this.page.imageUrl(a);
     this.imageB.src = this.page.imageUrl(b);
     this.pairBar.hidden = last === 0;
-    this.count.textContent = `Pair ${this.pair + 1} of ${last + 1}`;
+    this.count.textContent = t("sliderPair", { number: this.pair + 1, total: last + 1 });
+    this.#showScores(this.scores[this.pair]);
     this.previous.disabled = this.pair === 0;
     this.next.disabled = this.pair === last;
+  }
+
+  #showScores(scores) {
+    this.score.hidden = !scores;
+    if (!scores) return;
+    const [psnr, ssim] = scores;
+    this.score.textContent = t("sliderScores", { psnr: formatDecibels(psnr), ssim: ssim.toFixed(4) });
   }
 
   #setAspectRatio() {

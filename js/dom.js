@@ -38,7 +38,7 @@ export function uniqueId(prefix) {
  * @returns {HTMLElement}
  */
 export function shadowHost(css, ...children) {
-  const host = element("div", { "data-capture-wheel": "true" });
+  const host = element("div");
   const sheet = new CSSStyleSheet();
   sheet.replaceSync(css);
   const root = host.attachShadow({ mode: "open" });
@@ -57,6 +57,10 @@ export function isolateEvents(target) {
     target.addEventListener(name, (event) => isForElement(event) && stop(event), { passive: true });
   }
   target.addEventListener("keydown", (event) => !event.ctrlKey && !event.metaKey && stop(event));
+  // Nodes 2.0 zooms with every turn of the wheel that is not over an element with this attribute.
+  target.addEventListener("pointerover", (event) => {
+    target.getRootNode().host.dataset.captureWheel = String(canScroll(event));
+  });
 }
 
 /** The middle button pans the graph; a wheel turn that scrolls nothing zooms it. */
@@ -66,11 +70,17 @@ function isForElement(event) {
 
 function canScroll(event) {
   if (event.ctrlKey) return false;
-  return event.composedPath().some((part) => part.scrollHeight > part.clientHeight + 1 && isScrollable(part));
+  const path = event.composedPath();
+  return path
+    .slice(
+      0,
+      path.findIndex((part) => part.shadowRoot),
+    )
+    .some(isScrollable);
 }
 
 function isScrollable(part) {
-  return part instanceof HTMLElement && getComputedStyle(part).overflowY === "auto";
+  return part.scrollHeight > part.clientHeight + 1 && getComputedStyle(part).overflowY === "auto";
 }
 
 /**

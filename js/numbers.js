@@ -82,16 +82,6 @@ export function formatSmall(value) {
 }
 
 /**
- * A number of things: "1 layer", "2 layers".
- * @param {number} count
- * @param {string} noun in the singular
- * @returns {string}
- */
-export function formatCount(count, noun) {
-  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
-}
-
-/**
  * The text of a number with minus signs in place of hyphens.
  * @param {string} text
  * @returns {string}

@@ -4,9 +4,11 @@ import { element, indexForKey, isolateEvents, shadowHost, uniqueId } from "./dom
 import { formatDecibels, formatSizes } from "./numbers.js";
 import { planRequests } from "./plan_request.js";
 import { errorView, hintView, linkedView, planSentence, planView, problemList } from "./plan_view.js";
-import { idleView, layerText, progress, runningView, stoppedView, summaryView } from "./run_view.js";
 import { savedFiles } from "./result_box.js";
+import { idleView, layerText, outcomeText, progress, runningView, stoppedView, summaryView } from "./run_view.js";
 import { PANEL } from "./styles.js";
+import { isLinked } from "./trace.js";
+import { t } from "./words.js";
 
 /** Milliseconds without a change before a plan is requested. */
 const DEBOUNCE = 250;
@@ -17,12 +19,13 @@ const ANNOUNCEMENTS = 4;
 export class Panel {
   /**
    * @param {object} node
-   * @param {{rootGraph: () => object, fetchPlan: (request: object, signal: AbortSignal) => Promise<object>}} page
+   * @param {{rootGraph: () => object, fetchPlan: (request: object, signal: AbortSignal) => Promise<object>,
+   *   redraw: () => void}} page
    */
   constructor(node, page) {
     this.node = node;
     this.page = page;
-    this.tabs = { plan: createTab("Plan"), run: createTab("Run") };
+    this.tabs = { plan: createTab(t("plan")), run: createTab(t("run")) };
     this.liveRegion = element("div", { class: "visually-hidden", "aria-live": "polite" });
     this.host = this.#build();
     this.#selectTab("plan");
@@ -52,14 +55,9 @@ export class Panel {
     const { share } = progress(state);
     const announcement = Math.floor(ANNOUNCEMENTS * share);
     if (announcement !== this.lastAnnouncement) {
-      this.#announce(`${layerText(state)}, ${Math.floor(100 * share)} percent`);
+      this.#announce(t("runSpokenProgress", { layer: layerText(state), percent: Math.floor(100 * share) }));
     }
     this.lastAnnouncement = announcement;
-  }
-
-  /** Seconds that the running job has taken; 0 if none runs. */
-  get seconds() {
-    return this.runState?.seconds ?? 0;
   }
 
   /**
@@ -69,21 +67,21 @@ export class Panel {
   showSummary(summary, files = []) {
     this.#endRun();
     this.#selectTab("run");
-    this.#fillRun([...savedFiles(files), ...summaryView(summary)]);
+    this.#fillRun([...savedFiles(files), ...summaryView(summary, this.#nearestSetter())]);
     const sizes = formatSizes(summary.bytes_before, summary.bytes_after);
-    const text = `Quantized: ${sizes}, SQNR ${formatDecibels(summary.sqnr)}`;
-    this.#announce(summary.layers ? text : "Nothing was quantized");
+    const text = t("resultSpoken", { sizes, sqnr: formatDecibels(summary.sqnr) });
+    this.#announce(summary.layers ? text : t("resultNothing"));
   }
 
   /**
    * Show that a job ended early. Does nothing if none was running.
-   * @param {string} outcome "Cancelled", "Failed", or "Ended" where it is not known which
+   * @param {"cancelled"|"failed"|"ended"} outcome "ended" where it is not known which
    */
   showStopped(outcome) {
     if (!this.runState) return;
-    this.#fillRun(stoppedView(outcome, this.runState));
+    this.#fillRun(stoppedView(outcomeText(outcome, this.runState)));
     this.#endRun();
-    this.#announce(outcome);
+    this.#announce(outcomeText(outcome));
   }
 
   /**
@@ -91,10 +89,10 @@ export class Panel {
    * @param {string} message
    */
   showError(message) {
-    this.#fillRun([...stoppedView("Failed", this.runState), ...errorView(message)]);
+    this.#fillRun([...stoppedView(outcomeText("failed", this.runState)), ...errorView(message)]);
     this.#endRun();
     this.#selectTab("run");
-    this.#announce(`Failed: ${message}`);
+    this.#announce(t("runSpokenFailure", { message }));
   }
 
   /** Cancel pending requests. */
@@ -133,6 +131,17 @@ export class Panel {
     }
   }
 
+  /** Sets the node's rounding to nearest; null where the node has no such choice. */
+  #nearestSetter() {
+    const widget = this.node.widgets?.find(({ name }) => name === "rounding");
+    if (!widget || isLinked(this.node, "rounding")) return null;
+    return () => {
+      widget.value = "nearest";
+      widget.callback?.("nearest");
+      this.page.redraw();
+    };
+  }
+
   #fillRun(children) {
     this.tabs.run.panel.replaceChildren(...children);
   }
@@ -160,9 +169,12 @@ export class Panel {
     else this.#showPlan(answers, linked, problems);
   }
 
-  /** Keep the last plan below a line about patterns that match nothing: one may be half typed. */
+  /** Keep the last plan below a quiet line about patterns that match nothing: one may be half typed. */
   #showUnmatched(text) {
-    this.#fillPlan([...errorView(text), element("div", { class: "stale views" }, ...(this.lastPlan ?? []))]);
+    this.#fillPlan([
+      element("p", { class: "hint", textContent: text }),
+      element("div", { class: "stale views" }, ...(this.lastPlan ?? [])),
+    ]);
   }
 
   #showPlan(answers, linked, problems) {

@@ -1,6 +1,7 @@
 /** The request for a node's plan, from the node's widgets and links. */
 
 import { findFiles, isLinked } from "./trace.js";
+import { t } from "./words.js";
 
 /** Node type -> the part of the file that it quantizes, and its input for the model. */
 const PLANNED = {
@@ -21,12 +22,6 @@ const CHOICES = [
   "for_another_comfyui",
   ...LIMITS,
 ];
-
-const MEASURED_HINT =
-  "The plan of layers measured needs a calibration file. Connect Load FP8 Calibration to see it, or press Run.";
-
-const CALIBRATED_PROBLEM =
-  "Rounding calibrated needs a calibration: connect a calibration node or Load FP8 Calibration to the input calibration.";
 
 /** The types of the nodes that have a plan. */
 export const PLANNED_NODES = Object.keys(PLANNED);
@@ -49,7 +44,7 @@ export function planRequests(node, rootGraph) {
   }
   if (choices.layers === "measured") {
     const calibration = findFiles(node, "calibration", rootGraph);
-    if (calibration.hint) return { hint: MEASURED_HINT };
+    if (calibration.hint) return { hint: t("hintMeasured") };
     choices.calibration = calibration.files[0];
     if (isLinked(node, "rounding")) linked.push("rounding");
     else choices.rounding = widgetValue(node, "rounding");
@@ -61,7 +56,7 @@ export function planRequests(node, rootGraph) {
 /** What makes a run fail that the server cannot know. */
 function findProblems(node) {
   const isCalibrated = widgetValue(node, "rounding") === "calibrated" && !isLinked(node, "rounding");
-  return isCalibrated && !isLinked(node, "calibration") ? [CALIBRATED_PROBLEM] : [];
+  return isCalibrated && !isLinked(node, "calibration") ? [t("problemCalibrated")] : [];
 }
 
 function widgetValue(node, name) {
@@ -70,5 +65,5 @@ function widgetValue(node, name) {
 
 function chosenFile(node) {
   const value = isLinked(node, "file") ? "" : widgetValue(node, "file");
-  return value ? { files: [value] } : { hint: "Choose a file in this node to see the plan." };
+  return value ? { files: [value] } : { hint: t("hintChooseFileHere") };
 }

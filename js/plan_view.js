@@ -1,8 +1,9 @@
 /** The Plan tab: which tensors will be quantized, which are kept, and why. */
 
 import { element } from "./dom.js";
-import { formatBytes, formatCount, formatSizes } from "./numbers.js";
-import { noteList } from "./run_view.js";
+import { formatBytes, formatSizes } from "./numbers.js";
+import { elsewhereList, noteList } from "./run_view.js";
+import { t } from "./words.js";
 
 /**
  * @typedef {object} Row
@@ -80,7 +81,7 @@ export function hintView(text) {
  * @returns {HTMLElement[]}
  */
 export function linkedView(names) {
-  return [element("p", { class: "muted", textContent: `The plan leaves out linked inputs: ${names.join(", ")}` })];
+  return [element("p", { class: "muted", textContent: t("planLinked", { names: names.join(", ") }) })];
 }
 
 /**
@@ -90,10 +91,13 @@ export function linkedView(names) {
  */
 export function planSentence(plan) {
   const kept = plan.kept.reduce((sum, row) => sum + row.count, 0);
-  return (
-    `Plan for ${plan.source}: ${formatCount(plan.quantized.count, "layer")} quantized, ${formatCount(kept, "tensor")} ` +
-    `kept, ${formatBytes(plan.bytes_before)} to ${formatBytes(plan.bytes_after)}`
-  );
+  return t("planSpoken", {
+    source: plan.source,
+    quantized: t("layers", { count: plan.quantized.count }),
+    kept: t("tensors", { count: kept }),
+    before: formatBytes(plan.bytes_before),
+    after: formatBytes(plan.bytes_after),
+  });
 }
 
 /**
@@ -103,28 +107,24 @@ export function planSentence(plan) {
  */
 export function reasonText({ pattern, preset, text }) {
   if (!pattern) return text;
-  return preset ? `${pattern} (preset ${preset})` : `${pattern} (your pattern)`;
-}
-
-function elsewhereList(texts) {
-  if (!texts.length) return [];
-  const title = element("summary", { textContent: "In other ComfyUI versions" });
-  return [element("details", { class: "elsewhere" }, title, ...noteList(texts))];
+  return preset ? t("planPreset", { pattern, preset }) : t("planPattern", { pattern });
 }
 
 function familyText({ family }) {
-  return family === "unknown" ? "unknown family" : family;
+  return family === "unknown" ? t("planUnknownFamily") : family;
 }
 
 function planTable(plan) {
   const { quantized } = plan;
   const sizes = `${formatBytes(quantized.bytes)} → ${formatBytes(quantized.bytes_after)}`;
-  const body = element("tbody", {}, ...rows("Quantized", quantized, sizes));
-  for (const row of plan.kept) body.append(...rows(`Kept: ${reasonText(row.reason)}`, row, formatBytes(row.bytes)));
+  const body = element("tbody", {}, ...rows(t("planQuantized"), quantized, sizes));
+  for (const row of plan.kept) {
+    body.append(...rows(t("planKept", { reason: reasonText(row.reason) }), row, formatBytes(row.bytes)));
+  }
   const heads = [
-    ["Result and reason", ""],
-    ["Tensors", "number"],
-    ["Size", "number"],
+    [t("planResult"), ""],
+    [t("planTensors"), "number"],
+    [t("planSize"), "number"],
   ];
   const head = heads.map(([text, name]) => element("th", { scope: "col", class: name, textContent: text }));
   return element("table", {}, element("thead", {}, element("tr", {}, ...head)), body);
@@ -158,7 +158,7 @@ function nameList({ names, more }) {
   const items = names.map(({ name, count }) =>
     element("li", { class: "name", textContent: count > 1 ? `${name} × ${count}` : name }),
   );
-  if (more) items.push(element("li", { class: "muted", textContent: `and ${formatCount(more, "more name")}` }));
+  if (more) items.push(element("li", { class: "muted", textContent: t("planMoreNames", { count: more }) }));
   return element("ul", {}, ...items);
 }
 
@@ -172,5 +172,5 @@ function hitList(hits) {
       ` × ${count}`,
     ),
   );
-  return [element("ul", { class: "hits", "aria-label": "Patterns and how many tensors they match" }, ...items)];
+  return [element("ul", { class: "hits", "aria-label": t("planPatterns") }, ...items)];
 }

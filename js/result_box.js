@@ -3,6 +3,7 @@
 import { element, isolateEvents, shadowHost } from "./dom.js";
 import { formatBytes } from "./numbers.js";
 import { RESULT } from "./styles.js";
+import { t } from "./words.js";
 
 /**
  * @typedef {object} SavedFile
@@ -13,11 +14,11 @@ import { RESULT } from "./styles.js";
 
 export class ResultBox {
   constructor() {
-    this.content = element("div", { class: "content", tabIndex: 0, role: "status", "aria-label": "Result" });
+    this.content = element("div", { class: "content", tabIndex: 0, role: "status", "aria-label": t("box") });
     const frame = element("div", { class: "frame" }, this.content);
     isolateEvents(frame);
     this.host = shadowHost(RESULT, frame);
-    this.#fill([element("p", { class: "muted", textContent: "The result appears here when this node runs." })]);
+    this.#fill([element("p", { class: "muted", textContent: t("boxIdle") })]);
   }
 
   /**
@@ -49,7 +50,7 @@ export function savedFiles(files) {
       "div",
       {},
       element("div", { class: "name", textContent: name }),
-      element("div", { class: "muted", textContent: `${formatBytes(bytes)} in ${folder}` }),
+      element("div", { class: "muted", textContent: t("boxFile", { size: formatBytes(bytes), folder }) }),
     ),
   );
 }

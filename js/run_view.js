@@ -2,15 +2,18 @@
 
 import { element } from "./dom.js";
 import { histogram } from "./histogram.js";
-import {
-  formatBytes,
-  formatCount,
-  formatDecibels,
-  formatSeconds,
-  formatShare,
-  formatSizes,
-  formatSmall,
-} from "./numbers.js";
+import { formatBytes, formatDecibels, formatSeconds, formatShare, formatSizes, formatSmall } from "./numbers.js";
+import { t } from "./words.js";
+
+/** How a job ended early -> the texts for it, before and after the first message. "ended": it is not known how. */
+const OUTCOMES = {
+  cancelled: ["runCancelled", "runCancelledAfter"],
+  failed: ["runFailed", "runFailedAfter"],
+  ended: ["runEnded", "runEndedAfter"],
+};
+
+/** dB that nearest must be closer to be mentioned. */
+const LEAST_GAIN = 0.05;
 
 /**
  * @typedef {object} RunState a message of the server about a running job
@@ -37,8 +40,10 @@ import {
  * @property {{key: string, sqnr: number|null}[]} worst
  * @property {{chosen: number, nearest: number, worst: {key: string, error: number}[]}|null} output_error predicted
  *   errors over the outputs of the layers, as shares: medians, and the layers with the largest; null unless calibrated
+ * @property {number|null} nearest_gain by how many dB rounding to nearest would raise the SQNR; null if not known
  * @property {{low: number, high: number, counts: number[]}} steps
  * @property {string[]} notes
+ * @property {string[]} elsewhere what other versions of ComfyUI make of the file
  */
 
 /**
@@ -46,7 +51,7 @@ import {
  * @returns {HTMLElement[]}
  */
 export function idleView() {
-  return [element("p", { class: "muted", textContent: "Numbers appear here when this node runs." })];
+  return [element("p", { class: "muted", textContent: t("runIdle") })];
 }
 
 /**
@@ -61,7 +66,7 @@ export function runningView(state) {
     {
       class: "track",
       role: "progressbar",
-      "aria-label": "Quantizing",
+      "aria-label": t("runQuantizing"),
       "aria-valuemin": 0,
       "aria-valuemax": 100,
       "aria-valuenow": percent,
@@ -71,13 +76,13 @@ export function runningView(state) {
   bar.firstChild.style.width = `${100 * share}%`;
   const finishing = share >= 1;
   const facts = [
-    ["Done", `${percent} %`],
-    ["Speed", speed || "…"],
-    ["Time left", finishing ? formatSeconds(0) : timeLeft || "…"],
-    ["SQNR so far", state.layer ? formatDecibels(state.sqnr) : "…"],
+    [t("runDone"), `${percent} %`],
+    [t("runSpeed"), speed || "…"],
+    [t("runTimeLeft"), finishing ? formatSeconds(0) : timeLeft || "…"],
+    [t("runQualitySoFar"), state.layer ? formatDecibels(state.sqnr) : "…"],
   ];
   return [
-    element("div", { class: "headline", textContent: finishing ? "Finishing …" : layerText(state) }),
+    element("div", { class: "headline", textContent: finishing ? t("runFinishing") : layerText(state) }),
     bar,
     factList(facts),
     element("div", { class: "name ellipsis", title: state.key, textContent: state.key || " " }),
@@ -105,46 +110,55 @@ export function progress({ done, total, seconds }) {
  * @returns {string}
  */
 export function layerText({ layer, layers }) {
-  if (!layers) return "Quantizing …";
-  return `Layer ${Math.min(layer + 1, layers).toLocaleString("en")} of ${layers.toLocaleString("en")}`;
+  if (!layers) return t("runStarting");
+  return t("runLayer", { number: Math.min(layer + 1, layers), total: layers });
+}
+
+/**
+ * How a job ended early.
+ * @param {keyof typeof OUTCOMES} outcome
+ * @param {RunState} [state] the last message
+ * @returns {string} such as "Cancelled after 3 of 24 layers"
+ */
+export function outcomeText(outcome, state) {
+  const [alone, after] = OUTCOMES[outcome];
+  return state?.layers ? t(after, { done: state.layer ?? 0, total: state.layers }) : t(alone);
 }
 
 /**
  * Shown when a job ended early.
- * @param {string} outcome "Cancelled", "Failed" or "Ended"
- * @param {RunState} [state] the last message
+ * @param {string} text
  * @returns {HTMLElement[]}
  */
-export function stoppedView(outcome, state) {
-  const where = state?.layers ? ` after ${formatCount(state.layer ?? 0, "layer")} of ${state.layers}` : "";
-  return [element("div", { class: "headline error", textContent: `${outcome}${where}` })];
+export function stoppedView(text) {
+  return [element("div", { class: "headline error", textContent: text })];
 }
 
 /**
  * @param {Summary} summary
+ * @param {(() => void)|null} [useNearest] sets the node's rounding to nearest; null where that is not possible
  * @returns {HTMLElement[]}
  */
-export function summaryView(summary) {
-  if (!summary.layers) return [element("p", { textContent: "Nothing was quantized." }), ...noteList(summary.notes)];
+export function summaryView(summary, useNearest = null) {
+  if (!summary.layers) return [element("p", { textContent: t("resultNothing") }), ...noteList(summary.notes)];
   const share = (count) => formatShare(summary.count ? count / summary.count : 0);
   const output = summary.output_error;
   const facts = [
-    [output ? "SQNR of weights" : "SQNR", formatDecibels(summary.sqnr)],
-    ["Bias", formatSmall(summary.bias)],
-    ["Saturated", share(summary.saturated)],
-    ["Flushed to 0", share(summary.flushed)],
+    [output ? t("resultSqnrOfWeights") : t("resultSqnr"), formatDecibels(summary.sqnr)],
+    [t("resultBias"), formatSmall(summary.bias)],
+    [t("resultSaturated"), share(summary.saturated)],
+    [t("resultFlushed"), share(summary.flushed)],
   ];
   return [
     element("div", { class: "headline", textContent: formatSizes(summary.bytes_before, summary.bytes_after) }),
-    element("div", {
-      class: "muted",
-      textContent: `${formatCount(summary.layers, "layer")} to ${summary.format}, ${summary.rounding}; ${formatCount(summary.kept, "tensor")} kept`,
-    }),
+    element("div", { class: "muted", textContent: countsText(summary) }),
     ...(output ? outputErrorView(output) : []),
     factList(facts),
+    ...(summary.nearest_gain >= LEAST_GAIN ? [nearestView(summary.nearest_gain, useNearest)] : []),
     histogram(summary.steps),
     output ? worstOutputs(output.worst) : worstWeights(summary.worst),
     ...noteList(summary.notes),
+    ...elsewhereList(summary.elsewhere),
   ];
 }
 
@@ -157,37 +171,66 @@ export function noteList(notes) {
   return items.length ? [element("ul", { class: "notes" }, ...items)] : [];
 }
 
+/**
+ * What other versions of ComfyUI make of the file, behind a fold.
+ * @param {string[]} [texts]
+ * @returns {HTMLElement[]}
+ */
+export function elsewhereList(texts = []) {
+  if (!texts.length) return [];
+  const title = element("summary", { textContent: t("planElsewhere") });
+  return [element("details", { class: "elsewhere" }, title, ...noteList(texts))];
+}
+
+function countsText({ layers, format, rounding, kept }) {
+  return t("resultCounts", {
+    layers: t("layers", { count: layers }),
+    format,
+    rounding,
+    tensors: t("tensors", { count: kept }),
+  });
+}
+
+/** What nearest would give, and a button that chooses it. */
+function nearestView(gain, useNearest) {
+  const text = t("resultNearestCloser", { decibels: formatDecibels(gain) });
+  const line = element("div", { class: "advice", role: "status" }, element("span", { textContent: text }));
+  const click = () => {
+    useNearest();
+    line.replaceChildren(t("resultNearestSet"));
+  };
+  if (useNearest) line.append(element("button", { type: "button", textContent: t("resultUseNearest"), click }));
+  return line;
+}
+
 function factList(facts) {
-  const parts = facts.flatMap(([name, value]) => [
-    element("dt", { textContent: name }),
-    element("dd", { textContent: value }),
-  ]);
+  const parts = facts.map(([name, value]) =>
+    element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value })),
+  );
   return element("dl", { class: "facts" }, ...parts);
 }
 
 /** What calibrated rounding is for. It moves weights further than nearest, so that their SQNR alone misleads. */
 function outputErrorView({ chosen, nearest }) {
-  const text =
-    "Calibrated rounding lowers the error of the layer outputs. The SQNR of the weights can be lower for it.";
   return [
     factList([
-      ["Predicted output error (median)", formatShare(chosen)],
-      ["With nearest", formatShare(nearest)],
+      [t("resultOutputError"), formatShare(chosen)],
+      [t("resultWithNearest"), formatShare(nearest)],
     ]),
-    element("div", { class: "muted", textContent: text }),
+    element("div", { class: "muted", textContent: t("resultCalibrated") }),
   ];
 }
 
 function worstWeights(worst) {
   return layerList(
-    "Lowest SQNR",
+    t("resultLowestSqnr"),
     worst.map(({ key, sqnr }) => [key, formatDecibels(sqnr)]),
   );
 }
 
 function worstOutputs(worst) {
   return layerList(
-    "Largest predicted output error",
+    t("resultLargestOutputError"),
     worst.map(({ key, error }) => [key, formatShare(error)]),
   );
 }

@@ -6,36 +6,54 @@ import { ABSlider } from "./ab_slider.js";
 import { chainCallback } from "./dom.js";
 import { Panel } from "./panel.js";
 import { PLANNED_NODES } from "./plan_request.js";
+import { addElement, mountLate, setColours } from "./renderers.js";
 import { ResultBox } from "./result_box.js";
+import { restoreView, sortTemplates } from "./templates.js";
 import { locatorId, nodeByExecutionId } from "./trace.js";
+import { setLanguage, t } from "./words.js";
 
 const SLIDER_NODE = "StochasticFP8ImageCompare";
-const PANEL_SIZE = { width: 380, height: 260 };
-/** Pixels that the canvas leaves free above and below an element, within the widget's height. */
-const MARGIN = 10;
+const PANEL_SIZE = { width: 380, height: 240 };
 const SLIDER_SIZE = { width: 340, height: 300 };
+
+/** Pixels of a text box on a tall node: the panel gets the rest. */
+const MOST_TEXT = 80;
 
 /** Node type -> the size of the box with its result. */
 const RESULT_NODES = {
-  StochasticFP8Save: { width: 300, height: 50 },
-  StochasticFP8SaveCalibration: { width: 300, height: 50 },
-  StochasticFP8Inspect: { width: 340, height: 130 },
+  StochasticFP8Save: { width: 300, height: 64 },
+  StochasticFP8SaveCalibration: { width: 300, height: 46 },
+  StochasticFP8Inspect: { width: 340, height: 64 },
 };
+
+/** The size of the box with the error of a node that has no other view. */
+const ERROR_SIZE = { width: 240, height: 60 };
+
+const OUR_NODES = "StochasticFP8";
+
+/** The folder of the pack, from the address of this file: .../extensions/<folder>/stochastic_fp8.js. */
+const PACK = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2));
 
 /** Milliseconds between two questions to the server about jobs of which this page gets no messages. */
 const POLL = 1000;
 
-/** Seconds of a job whose end is announced. */
-const LONG_JOB = 30;
+/** Milliseconds of a job whose end is announced. */
+const LONG_JOB = 30_000;
 
 /** @type {Map<object, Panel>} node -> its panel; nodes that are removed leave it */
 const panels = new Map();
 
 /**
  * Node -> its element, and how to show what it reports; nodes that are removed leave it.
- * @type {Map<object, {host: HTMLElement, show: (output: object) => void, fail?: (message: string) => void}>}
+ * @type {Map<object, {host: HTMLElement, show: (output: object) => void, fail: (message: string) => void}>}
  */
 const views = new Map();
+
+/** @type {Map<object, () => void>} node -> how to remove the box with its error */
+const errorBoxes = new Map();
+
+/** @type {{node: object, since: number}|null} our node that runs, and when it began in milliseconds */
+let running = null;
 
 let lastMessage = 0;
 let pollTimer = 0;
@@ -45,9 +63,17 @@ const rootGraph = () => app.rootGraph ?? app.graph;
 app.registerExtension({
   name: "stochastic_fp8",
 
+  init() {
+    sortTemplates(api, PACK);
+    setLanguage(app.extensionManager.setting.get("Comfy.Locale"));
+  },
+
   setup() {
+    setColours();
+    api.addEventListener("execution_start", removeErrorBoxes);
     api.addEventListener("stochastic_fp8.live", ({ detail }) => hear(detail));
-    api.addEventListener("execution_interrupted", () => stopAll("Cancelled"));
+    api.addEventListener("executing", ({ detail }) => announceEnd(detail));
+    api.addEventListener("execution_interrupted", () => stopAll("cancelled"));
     api.addEventListener("execution_error", ({ detail }) => showError(detail));
     api.addEventListener("execution_cached", ({ detail }) => showCached(detail));
     api.addEventListener("graphChanged", () => {
@@ -63,6 +89,7 @@ app.registerExtension({
   },
 
   async afterConfigureGraph() {
+    restoreView(app);
     replaceOldElements();
     showOutputs(app.nodeOutputs);
     refreshPlans();
@@ -74,14 +101,16 @@ app.registerExtension({
 });
 
 function addPanel(node) {
-  const panel = new Panel(node, { rootGraph, fetchPlan });
+  const panel = new Panel(node, { rootGraph, fetchPlan, redraw });
   panels.set(node, panel);
   const refresh = () => queueMicrotask(() => panels.has(node) && node.graph && panel.refreshPlan());
-  for (const widget of node.widgets) chainCallback(widget, "callback", refresh);
+  for (const widget of node.widgets) {
+    chainCallback(widget, "callback", refresh);
+    if (widget.element) widget.options.getMaxHeight = () => MOST_TEXT;
+  }
   const show = (output) => {
     const summary = output?.stochastic_fp8?.[0];
     if (!summary) return;
-    announceEnd(node, panel.seconds);
     panel.showSummary(summary, output.stochastic_fp8_files);
   };
   addView(
@@ -102,9 +131,11 @@ function addSlider(node) {
   const amplify = node.widgets?.find(({ name }) => name === "amplify");
   const slider = new ABSlider({ imageUrl, amplify: () => amplify?.value ?? 8 });
   const show = (output) => {
-    if (output?.a_images && output?.b_images) slider.show(output.a_images, output.b_images, output.names);
+    if (!output?.a_images || !output?.b_images) return;
+    slider.show(output.a_images, output.b_images, output.names, output.scores);
   };
-  addView(node, "stochastic_fp8_slider", { host: slider.host, show }, SLIDER_SIZE);
+  const fail = (message) => slider.showError(message);
+  addView(node, "stochastic_fp8_slider", { host: slider.host, show, fail }, SLIDER_SIZE);
   if (amplify) chainCallback(amplify, "callback", () => slider.refresh());
 }
 
@@ -112,6 +143,26 @@ function addResultBox(node, size) {
   const box = new ResultBox();
   const show = (output) => box.show(output?.stochastic_fp8_files, output?.text);
   addView(node, "stochastic_fp8_result", { host: box.host, show, fail: (message) => box.showError(message) }, size);
+}
+
+/** Show an error on a node that has no view, until something runs again. */
+function addErrorBox(node, message) {
+  const box = new ResultBox();
+  box.showError(message);
+  const size = [...node.size];
+  const widget = addElement(node, "stochastic_fp8_error", box.host, ERROR_SIZE);
+  setTimeout(() => mountLate(node, box.host));
+  errorBoxes.set(node, () => {
+    errorBoxes.delete(node);
+    box.host.remove();
+    node.removeWidget(widget);
+    node.setSize(size);
+  });
+  chainCallback(node, "onRemoved", () => errorBoxes.delete(node));
+}
+
+function removeErrorBoxes() {
+  for (const remove of errorBoxes.values()) remove();
 }
 
 /** Add the element of a view to a node. It shows what the node reports. */
@@ -122,19 +173,8 @@ function addView(node, name, view, size) {
   chainCallback(node, "onRemoved", () => views.delete(node));
 }
 
-/** Add an element as the last widget of a node. It is not saved in the workflow or the prompt. */
-function addElement(node, name, host, { width, height }) {
-  host.classList.add(name);
-  host.style.minHeight = `${height}px`;
-  const widget = node.addDOMWidget(name, name, host, {
-    serialize: false,
-    hideOnZoom: false,
-    hideInPanel: true,
-    getMinHeight: () => height + 2 * MARGIN,
-  });
-  widget.serialize = false;
-  const [minWidth, minHeight] = node.computeSize();
-  node.setSize([Math.max(width, minWidth), Math.max(minHeight, node.size[1])]);
+function redraw() {
+  app.canvas.setDirty(true, true);
 }
 
 function imageUrl({ filename, subfolder, type }) {
@@ -149,7 +189,7 @@ async function fetchPlan(request, signal) {
     signal,
   });
   const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error);
+  if (body.error) throw new Error(body.error);
   return body;
 }
 
@@ -158,6 +198,7 @@ function refreshPlans() {
 }
 
 function stopAll(outcome) {
+  running = null;
   for (const panel of panels.values()) panel.showStopped(outcome);
 }
 
@@ -201,14 +242,24 @@ async function showCached({ nodes, prompt_id: prompt }) {
 /** Show why a node failed. All other jobs have ended too. */
 function showError({ node_id: id, node_type: type, exception_message: message }) {
   const node = nodeByExecutionId(rootGraph(), id);
-  if (node?.comfyClass === type) views.get(node)?.fail?.(message.trim());
-  stopAll("Failed");
+  if (node?.comfyClass === type && type.startsWith(OUR_NODES)) {
+    if (views.has(node)) views.get(node).fail(message.trim());
+    else addErrorBox(node, message.trim());
+  }
+  stopAll("failed");
 }
 
-function announceEnd(node, seconds) {
-  if (seconds >= LONG_JOB) {
-    app.extensionManager?.toast?.add({ severity: "success", summary: `${node.title}: done`, life: 5000 });
-  }
+/**
+ * Announce the end of a long job: ComfyUI goes on to the next node, or ends with null.
+ * @param {string|null} id the node that begins to run
+ */
+function announceEnd(id) {
+  const ended = running;
+  const node = id && nodeByExecutionId(rootGraph(), id);
+  running = node?.comfyClass?.startsWith(OUR_NODES) ? { node, since: Date.now() } : null;
+  if (!ended || Date.now() - ended.since < LONG_JOB) return;
+  const summary = t("runFinished", { title: ended.node.title });
+  app.extensionManager.toast.add({ severity: "success", summary, life: 5000 });
 }
 
 /** A message about a job that this page has queued. */
@@ -234,11 +285,11 @@ function showMessage(message) {
  * may be in another tab of the browser.
  */
 async function poll() {
-  const running = [...panels.values()].filter((panel) => panel.runState);
-  if (!running.length) return;
+  const followed = [...panels.values()].filter((panel) => panel.runState);
+  if (!followed.length) return;
   if (Date.now() - lastMessage > POLL) {
     const messages = await restoreMessages();
-    if (messages) await Promise.all(running.map((panel) => showEnd(panel, messages)));
+    if (messages) await Promise.all(followed.map((panel) => showEnd(panel, messages)));
   }
   clearTimeout(pollTimer);
   pollTimer = setTimeout(poll, POLL);
@@ -251,7 +302,7 @@ async function showEnd(panel, messages) {
   const summary = (await fetchSummaries(state.prompt))[state.node];
   if (panel.runState !== state) return;
   if (summary) panel.showSummary(summary);
-  else panel.showStopped("Ended");
+  else panel.showStopped("ended");
 }
 
 /**

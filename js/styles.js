@@ -21,7 +21,8 @@ button { font: inherit; color: inherit; background: none; border: 0; cursor: poi
 [hidden] { display: none !important; }
 .muted { color: var(--muted); }
 .error { color: var(--error); overflow-wrap: anywhere; }
-.name { font: 11px/1.45 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.hint { color: var(--muted); border-left: 2px solid var(--highlight); padding-left: 8px; overflow-wrap: anywhere; }
+.name { font: 12px/1.4 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 `;
 
 export const PANEL = `${BASE}
@@ -29,8 +30,8 @@ export const PANEL = `${BASE}
 [role=tablist] { display: flex; flex: none; border-bottom: 1px solid var(--line); }
 [role=tab] { padding: 4px 12px; color: var(--muted); border-bottom: 2px solid transparent; }
 [role=tab][aria-selected=true] { color: inherit; border-color: var(--accent); }
-[role=tabpanel] { flex: 1; min-height: 0; overflow: hidden auto; scrollbar-width: thin; padding: 8px 10px; }
-[role=tabpanel], .views { display: grid; gap: 8px; align-content: start; grid-auto-rows: max-content; }
+[role=tabpanel] { flex: 1; min-height: 0; overflow: auto; scrollbar-width: thin; padding: 8px 10px; }
+[role=tabpanel], .views { display: grid; grid-template-columns: minmax(0, 1fr); gap: 8px; align-content: start; grid-auto-rows: max-content; }
 .headline { font-size: 14px; font-weight: 600; }
 .stale { opacity: .55; }
 .views.stale { opacity: .75; }
@@ -51,14 +52,20 @@ td button[aria-expanded=true]::before { content: "▾"; }
 .notes { padding-left: 1.2em; color: var(--muted); }
 .track { height: 6px; border-radius: 3px; background: var(--line); overflow: hidden; }
 .fill { height: 100%; width: 0; background: var(--accent); }
-.facts { display: grid; grid-template-columns: repeat(4, auto); gap: 0 10px; }
-.facts dt { color: var(--muted); grid-row: 1; }
-.facts dd { grid-row: 2; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bars { display: flex; align-items: flex-end; gap: 1px; height: 52px; margin-top: 4px; border-bottom: 1px solid var(--line); }
+.facts { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 12px; }
+.facts dt { color: var(--muted); }
+.facts dd { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.bars { position: relative; display: flex; align-items: flex-end; gap: 1px; height: 52px; margin-top: 4px; border-bottom: 1px solid var(--line); }
 .bars > div { flex: 1; height: 100%; display: flex; align-items: flex-end; }
 .bars > div::before { content: ""; width: 100%; height: var(--height); background: var(--accent); }
+.bars > .zero { position: absolute; left: calc(50% - 1px); width: 3px; }
+.bars > .zero::before { background: currentColor; }
+.bars > .beyond::before { background: var(--error); }
 .bars:is(:hover, :focus-visible) > .current::before { background: var(--highlight); }
-.axis { display: flex; justify-content: space-between; color: var(--muted); font-size: 11px; }
+.axis { display: flex; justify-content: space-between; color: var(--muted); }
+.advice { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; }
+.advice button { border: 1px solid var(--accent); border-radius: 4px; padding: 1px 8px; }
+.advice button:hover { background: var(--line); }
 .worst { list-style: none; display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 1px 10px; }
 .worst li { display: contents; }
 `;
@@ -69,13 +76,14 @@ export const RESULT = `${BASE}
 `;
 
 export const SLIDER = `${BASE}
-.bar { flex: none; display: flex; align-items: center; gap: 4px; padding: 4px 6px; border-bottom: 1px solid var(--line); }
+.bar { flex: none; display: flex; flex-wrap: wrap; align-items: center; gap: 4px; padding: 4px 6px; border-bottom: 1px solid var(--line); }
 .bar button { padding: 2px 8px; border-radius: 4px; color: var(--muted); }
 .bar button[aria-pressed=true] { color: inherit; background: var(--line); }
 .bar button:disabled { opacity: .4; cursor: default; }
+.score { margin-left: auto; color: var(--muted); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; font-variant-numeric: tabular-nums; }
 .pairs { margin-left: auto; display: flex; align-items: center; gap: 2px; white-space: nowrap; }
 .stage { flex: 1; min-height: 0; display: grid; place-items: center; container-type: size; padding: 0; }
-.muted { padding: 10px; text-align: center; }
+.stage > p { padding: 10px; text-align: center; }
 .pictures {
   position: relative; overflow: hidden; touch-action: none; user-select: none; cursor: ew-resize;
   aspect-ratio: var(--ratio, 1); width: min(100cqw, 100cqh * var(--ratio, 1));

@@ -1,5 +1,7 @@
 /** Follows links back from a node's input to a loader, to find its model file. Reads the graph, changes nothing. */
 
+import { t } from "./words.js";
+
 const MODEL_FILE = { kind: "diffusion_models", widgets: ["unet_name"] };
 const CHECKPOINT = { kind: "checkpoints", widgets: ["ckpt_name"] };
 
@@ -48,7 +50,7 @@ const MAX_STEPS = 200;
  */
 export function findFiles(node, inputName, rootGraph) {
   const input = node.inputs?.find((slot) => slot.name === inputName);
-  if (!input) return { hint: `This node has no input named ${inputName}.` };
+  if (!input) return { hint: t("hintNoInput", { input: inputName }) };
   let output = linkOrigin(node.graph, input.link, rootGraph);
   for (let step = 0; output && step < MAX_STEPS; step += 1) {
     const found = loaderFiles(output.node, rootGraph);
@@ -57,7 +59,7 @@ export function findFiles(node, inputName, rootGraph) {
     if (!next) return { hint: deadEndHint(output.node, inputName) };
     output = next;
   }
-  return { hint: `Connect a loader node to ${inputName} to see the plan.` };
+  return { hint: t("hintConnect", { input: inputName }) };
 }
 
 /**
@@ -123,7 +125,7 @@ function loaderFiles(node, rootGraph) {
   const loader = LOADERS[type];
   if (!loader) return null;
   const names = loader.widgets.map((name) => widgetValue(node, name, rootGraph));
-  if (names.some((name) => !name)) return { hint: `Choose a file in ${titleOf(node)} to see the plan.` };
+  if (names.some((name) => !name)) return { hint: t("hintChooseFile", { title: titleOf(node) }) };
   return { files: names.map((name) => `${loader.kind}/${name}`) };
 }
 
@@ -150,9 +152,8 @@ function getLink(graph, id) {
 
 /** What to do when the links end at a node that loads no file. */
 function deadEndHint(node, inputName) {
-  return node.mode === MUTED
-    ? `${titleOf(node)} is muted. Connect a loader node to ${inputName} to see the plan.`
-    : `${titleOf(node)} names no model file. Connect a loader node to see the plan.`;
+  const title = titleOf(node);
+  return node.mode === MUTED ? t("hintMuted", { title, input: inputName }) : t("hintConnectAny", { title });
 }
 
 function titleOf(node) {

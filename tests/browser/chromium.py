@@ -18,7 +18,8 @@ from comfyui.server import HOST, PACK_ROOT
 
 NODE_MODULES = PACK_ROOT / ".build" / "node" / "node_modules"
 DRIVER = Path(__file__).with_name("driver.mjs")
-OUR_FILES = "/extensions/stochastic-fp8/"
+OURS = ("/extensions/stochastic-fp8/", "/stochastic_fp8/")
+"""In the addresses of our files and our routes."""
 
 
 class BrowserError(Exception):
@@ -82,6 +83,6 @@ class Browser(Target):
         self.waitForFunction(expression)
 
     def take_log(self):
-        """Errors that our files caused, and the hosts that were blocked, since the last call."""
+        """Errors of our files, failed requests to our routes, and the hosts that were blocked, since the last call."""
         log = Target(self, "log").take()
-        return [error for error in log["errors"] if OUR_FILES in error], log["blocked"]
+        return [error for error in log["errors"] if any(part in error for part in OURS)], log["blocked"]

@@ -43,9 +43,9 @@ const targets = {
 async function answer({ target, selector, name, args }) {
   try {
     const result = await targets[target](selector)[name](...args);
-    return { result: isPlain(result) ? (result ?? null) : null };
+    return JSON.stringify({ result: isPlain(result) ? (result ?? null) : null });
   } catch (error) {
-    return { error: error.message };
+    return JSON.stringify({ error: error.message });
   }
 }
 
@@ -55,6 +55,6 @@ function isPlain(result) {
 }
 
 for await (const line of createInterface({ input: process.stdin })) {
-  process.stdout.write(`${JSON.stringify(await answer(JSON.parse(line)))}\n`);
+  process.stdout.write(`${await answer(JSON.parse(line))}\n`);
 }
 await browser.close();

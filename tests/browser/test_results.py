@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from browser.chromium import BrowserError
-from browser.workspace import RENDERERS
+from browser.workspace import RENDERERS, each_page, each_renderer
 from safetensors.torch import load_file
 from stochastic_fp8_pack.kernels.calibration.file import save_calibration
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
@@ -49,7 +49,7 @@ def use_command(workspace, name):
     workspace.page.evaluate(f"app.extensionManager.command.execute('{name}').then(() => true)")
 
 
-@pytest.mark.parametrize("renderer", RENDERERS)
+@each_renderer
 def test_results_stay(workspace, renderer):
     """One page for all of it: the page takes longer to load than all the steps."""
     workspace.open(renderer)
@@ -80,8 +80,9 @@ def test_results_stay(workspace, renderer):
     wait_for(workspace, NEAREST, 96)
 
 
-def test_a_cached_run_shows_its_numbers(workspace):
-    workspace.open()
+@each_renderer
+def test_a_cached_run_shows_its_numbers(workspace, renderer):
+    workspace.open(renderer)
     ids = add_graph(workspace)
     workspace.run()
     workspace.wait_text("Lowest SQNR")
@@ -94,12 +95,13 @@ def test_a_cached_run_shows_its_numbers(workspace):
     workspace.run()
     assert str(ids["quantize"]) in workspace.page.evaluate("cached")
     workspace.wait_text(STOCHASTIC)
-    workspace.wait_text("again_00001_.safetensors", "result")
+    workspace.wait_text("in output/diffusion_models", "result")
 
 
-def test_a_job_of_another_page_is_shown_to_its_end(workspace):
+@each_renderer
+def test_a_job_of_another_page_is_shown_to_its_end(workspace, renderer):
     """ComfyUI sends this page no messages about it."""
-    workspace.open()
+    workspace.open(renderer)
     workspace.add("StochasticFP8QuantizeFile", (400, 150), file="diffusion_models/long.safetensors", overwrite=True)
     prompt = workspace.page.evaluate("app.graphToPrompt()")
     extra = {"extra_pnginfo": {"workflow": prompt["workflow"]}}
@@ -115,7 +117,7 @@ def test_a_job_of_another_page_is_shown_to_its_end(workspace):
     workspace.wait_text("Ended after ")
 
 
-@pytest.mark.parametrize("renderer", RENDERERS)
+@each_renderer
 def test_errors_are_shown_on_the_node(workspace, renderer):
     workspace.open(renderer)
     ids = add_graph(workspace)
@@ -136,18 +138,71 @@ def test_errors_are_shown_on_the_node(workspace, renderer):
     assert workspace.violations("result") == []
 
 
-@pytest.mark.parametrize("renderer", RENDERERS)
+@each_renderer
+def test_an_error_is_shown_on_a_node_without_a_view(workspace, renderer):
+    workspace.open(renderer)
+    ids = add_graph(workspace)
+    histogram = workspace.add("StochasticFP8ErrorHistogram", (820, 150), layers="pattern", pattern="nothing")
+    preview = workspace.add("PreviewImage", (1100, 150))
+    workspace.connect(ids["quantize"], 1, histogram, "report")
+    workspace.connect(histogram, 0, preview, "images")
+    width, height = workspace.node(histogram, "size[0]"), workspace.node(histogram, "size[1]")
+    with pytest.raises(BrowserError, match="matches no quantized layer"):
+        workspace.run()
+    workspace.page.keyboard.press("Escape")
+    assert "use names such as joint_blocks.0" in workspace.wait_text("pattern 'nothing' matches", "error")
+    assert workspace.violations("error") == []
+    workspace.screenshot(f"failed_without_view_{renderer}")
+    prompt = workspace.page.evaluate("app.graphToPrompt().then(({ output }) => output)")
+    assert "stochastic_fp8_error" not in prompt[str(histogram)]["inputs"]
+    workspace.node(histogram, "widgets.find(({ name }) => name === 'pattern').value = 'joint_blocks.0'")
+    workspace.page.evaluate("void app.queuePrompt(0)")
+    workspace.page.wait("document.querySelectorAll('.stochastic_fp8_error').length === 0")
+    assert workspace.node(histogram, "size[0]") == width
+    assert workspace.node(histogram, "size[1]") >= height
+    workspace.wait_text("Lowest SQNR")
+
+
+@each_renderer
 def test_files_and_findings_are_shown_on_the_node(workspace, renderer):
     workspace.open(renderer)
     workspace.add("StochasticFP8QuantizeFile", (100, 150), file="diffusion_models/tiny.safetensors")
     inspect = workspace.add("StochasticFP8Inspect", (520, 150), file="diffusion_models/tiny.safetensors")
     workspace.run()
-    assert "in output/diffusion_models" in workspace.wait_text("stochastic_fp8_0")
+    assert "in output/diffusion_models" in workspace.wait_text("tiny_float8_e4m3fn_0")
     workspace.wait_text("the file has no FP8 weights", "result")
     widget = "widgets.find(({ name }) => name === 'stochastic_fp8_result')"
     assert workspace.node(inspect, f"{widget}.options.hideInPanel")
     assert workspace.violations("result") == []
     workspace.screenshot(f"results_{renderer}")
+
+
+@each_renderer
+def test_the_end_of_a_long_job_is_announced(workspace, renderer):
+    workspace.open(renderer)
+    save = workspace.add("StochasticFP8SaveCalibration")
+    events = f"""app.api.dispatchCustomEvent("executing", "{save}");
+        Date.now = () => now() + 31_000;
+        app.api.dispatchCustomEvent("executing", null);"""
+    workspace.page.evaluate(f"(() => {{ const {{ now }} = Date; {events} Date.now = now; }})()")
+    workspace.page.wait("document.body.innerText.includes('Save Calibration: done')")
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("frontend", ["newest"])
+def test_the_side_panel_leaves_the_panel_in_its_node(workspace, renderer):
+    """ComfyUI 0.3.75's own front end has no such side panel."""
+    workspace.open(renderer)
+    quantize = add_graph(workspace)["quantize"]
+    before = workspace.find(".frame").boundingBox()
+    workspace.page.evaluate(f"void app.canvas.selectItems([app.graph.getNodeById({json.dumps(quantize)})])")
+    toggle = workspace.page.locator(".icon-\\[lucide--panel-right\\] >> nth=0")
+    toggle.click()
+    workspace.page.wait("document.body.innerText.includes('Parameters')")
+    assert workspace.find(".frame").boundingBox() == before
+    assert "stochastic_fp8_panel" not in workspace.page.evaluate("document.body.innerText")
+    workspace.screenshot(f"side_panel_{renderer}")
+    toggle.click()
 
 
 def write_inputs(folder, source):
@@ -163,11 +218,12 @@ def write_inputs(folder, source):
     return path.name
 
 
-@pytest.mark.parametrize("theme", ("dark", "light"))
-def test_calibrated_leads_with_the_output_error(workspace, models, theme):
-    workspace.open("canvas", theme)
+@each_page
+def test_calibrated_leads_with_the_output_error(workspace, renderer, theme):
+    workspace.open(renderer, theme)
     ids = add_graph(workspace)
-    file = write_inputs(models.models("fp8_calibrations"), models.models("diffusion_models") / "tiny.safetensors")
+    models = workspace.server.models
+    file = write_inputs(models("fp8_calibrations"), models("diffusion_models") / "tiny.safetensors")
     loader = workspace.add("StochasticFP8LoadCalibration", (100, 320), calibration_name=file)
     workspace.connect(loader, 0, ids["quantize"], "calibration")
     choose(workspace, ids["quantize"], "rounding", "calibrated")
@@ -176,7 +232,7 @@ def test_calibrated_leads_with_the_output_error(workspace, models, theme):
     assert shown.index("Predicted output error (median)") < shown.index("SQNR of weights")
     assert "Lowest SQNR" not in shown
     assert workspace.violations() == []
-    workspace.screenshot(f"calibrated_{theme}")
+    workspace.screenshot(f"calibrated_{renderer}_{theme}")
     chosen, nearest = workspace.page.evaluate(f"""[...{PANEL}.querySelectorAll('.facts')].slice(0, 1)
         .flatMap((list) => [...list.querySelectorAll('dd')].map(({{ textContent }}) => parseFloat(textContent)))""")
     assert 0 < chosen < nearest

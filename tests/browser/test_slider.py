@@ -1,18 +1,20 @@
 """The slider of Compare Images (A/B)."""
 
+import math
+
 import pytest
 import torch
-from browser.workspace import RENDERERS, SCREENSHOTS, THEMES
+from browser.workspace import SCREENSHOTS, each_page
 from PIL import Image
 
 
-@pytest.fixture(scope="module")
-def pictures(models):
+@pytest.fixture
+def pictures(workspace):
     """Two 64 x 48 pictures in input/: A grey with a white left half, B grey."""
     for name, left in (("a", 1.0), ("b", 0.5)):
         pixels = torch.full((48, 64, 3), 0.5)
         pixels[:, :32] = left
-        Image.fromarray((255 * pixels).byte().numpy()).save(models.base / "input" / f"{name}.png")
+        Image.fromarray((255 * pixels).byte().numpy()).save(workspace.server.base / "input" / f"{name}.png")
 
 
 def compare(workspace, batch=1, **labels):
@@ -36,8 +38,7 @@ def stage(workspace):
     return workspace.find(".pictures", "slider")
 
 
-@pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("renderer", RENDERERS)
+@each_page
 def test_drag_and_keys_move_the_divider(workspace, pictures, renderer, theme):
     workspace.open(renderer, theme)
     node = compare(workspace)
@@ -53,6 +54,9 @@ def test_drag_and_keys_move_the_divider(workspace, pictures, renderer, theme):
     workspace.page.mouse.up()
     assert int(pictures.getAttribute("aria-valuenow")) == pytest.approx(80, abs=1)
     assert workspace.node(node, "pos[0]") == where
+    psnr, ssim = workspace.find(".score", "slider").textContent().split(", ")
+    assert float(psnr.removeprefix("PSNR ").removesuffix(" dB")) == pytest.approx(-10 * math.log10(0.5**2 / 2), abs=0.1)
+    assert 0 < float(ssim.removeprefix("SSIM ")) < 1
     for key, value in (("End", "100"), ("ArrowLeft", "98"), ("Shift+ArrowLeft", "88"), ("Home", "0"), ("PageUp", "10")):
         pictures.press(key)
         assert pictures.getAttribute("aria-valuenow") == value

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from comfyui.server import PACK_ROOT
 
 SCREENSHOTS = PACK_ROOT / ".build" / "screenshots"
@@ -24,13 +25,23 @@ CHANGED = """(() => {
     (tracker.captureCanvasState ?? tracker.checkState).call(tracker);
 })()"""
 SETTINGS = {
+    "LiteGraph.Canvas.MaximumFps": 15,  # drawing takes most of the processor's time
     "Comfy.VueNodes.AutoScaleLayout": False,
     "Comfy.Minimap.Visible": False,
     "Comfy.Canvas.SelectionToolbox": False,
 }
 EMPTY = {"version": 0.4, "last_node_id": 0, "last_link_id": 0, "nodes": [], "links": []}
 RENDERERS = ("canvas", "vue")
-THEMES = ("dark", "light")
+PAGES = (
+    ("bundled", "canvas", "dark"),
+    ("bundled", "vue", "light"),
+    ("newest", "canvas", "light"),
+    ("newest", "vue", "dark"),
+)
+"""Front end, renderer, theme: each pair of two values once."""
+
+each_page = pytest.mark.parametrize(("frontend", "renderer", "theme"), PAGES)
+each_renderer = pytest.mark.parametrize(("frontend", "renderer"), [page[:2] for page in PAGES])
 
 
 class Workspace:
@@ -53,7 +64,7 @@ class Workspace:
 
     def clear(self):
         """Show an empty workflow at 100 %."""
-        self.page.evaluate(f"app.loadGraphData({{ id: crypto.randomUUID(), ...{json.dumps(EMPTY)} }})")
+        self.page.evaluate(f"app.loadGraphData({{ id: crypto.randomUUID(), ...{json.dumps(EMPTY)} }}).then(() => true)")
         self.page.evaluate("app.canvas.ds.reset()")
 
     def reload(self):
@@ -97,6 +108,7 @@ class Workspace:
             const once = { once: true };
             app.api.addEventListener("execution_success", resolve, once);
             app.api.addEventListener("execution_error", ({ detail }) => reject(detail.exception_message), once);
+            app.api.addEventListener("execution_interrupted", () => reject("interrupted"), once);
             void app.queuePrompt(0);
         }).then(() => true)""")
 

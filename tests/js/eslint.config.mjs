@@ -1,5 +1,5 @@
 const browser = ["document", "window", "console", "setTimeout", "clearTimeout", "queueMicrotask", "getComputedStyle"];
-const webTypes = ["AbortController", "CSSStyleSheet", "Error", "HTMLElement", "URLSearchParams", "URL"];
+const webTypes = ["AbortController", "CSS", "CSSStyleSheet", "Error", "HTMLElement", "URLSearchParams", "URL"];
 const node = ["process"];
 
 export default [

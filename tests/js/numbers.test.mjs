@@ -4,7 +4,6 @@ import { test } from "node:test";
 import {
   formatBytes,
   formatChange,
-  formatCount,
   formatDecibels,
   formatSeconds,
   formatShare,
@@ -21,17 +20,19 @@ const FUNCTIONS = {
   decibels: formatDecibels,
   seconds: formatSeconds,
   small: formatSmall,
-  count: formatCount,
 };
 
+/** Nouns of the page are in the table of words. */
+const PYTHON_ONLY = ["count"];
+
 test("every kind of number in the shared table has a function here", () => {
-  assert.deepEqual(Object.keys(DISPLAY_CASES).sort(), Object.keys(FUNCTIONS).sort());
+  assert.deepEqual(Object.keys(DISPLAY_CASES).sort(), [...Object.keys(FUNCTIONS), ...PYTHON_ONLY].sort());
 });
 
-for (const [kind, cases] of Object.entries(DISPLAY_CASES)) {
+for (const [kind, format] of Object.entries(FUNCTIONS)) {
   test(`${kind}: the same text as in Python`, () => {
-    for (const [input, expected] of cases) {
-      const text = FUNCTIONS[kind](...[input].flat());
+    for (const [input, expected] of DISPLAY_CASES[kind]) {
+      const text = format(input);
       assert.equal(text.replaceAll("\u00a0", " "), expected);
     }
   });

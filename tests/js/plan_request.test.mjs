@@ -25,7 +25,7 @@ function graph(widgets, { calibration = null, others = {}, links = [] } = {}) {
 const requests = (root) => planRequests(root.getNodeById(9), root);
 const CHOICES = { rounding: "calibrated", layers: "measured", size_limit: 12, target_quality: 0 };
 const LOAD = { type: "StochasticFP8LoadCalibration", widgets: [{ name: "calibration_name", value: "c.safetensors" }] };
-const HINT = /needs a calibration file\. Connect Load FP8 Calibration/;
+const HINT = /needs a calibration file\. Connect Load Calibration/;
 
 test("a preset needs neither rounding nor calibration", () => {
   const root = graph({ ...CHOICES, layers: "auto" }, { calibration: 101, others: { 2: LOAD }, links: [[101, 2]] });

