@@ -235,9 +235,7 @@ def test_a_header_beyond_the_limit_is_refused_before_it_is_read(tmp_path, monkey
     monkeypatch.setattr("stochastic_fp8_pack.kernels.files.reader.parse_header", None)
     path = raw_file(tmp_path / "a.safetensors", b"{", length=MAX_HEADER + 1)
     os.truncate(path, MAX_HEADER + 100)
-    message = (
-        "has a header of 33,554,433 bytes; at most 33,554,432 are read, and headers of published models have less"
-    )
+    message = "has a header of 33,554,433 bytes; at most 33,554,432 are read, and headers of published models have less"
     with pytest.raises(CheckpointError, match=message):
         open_source(path)
 
