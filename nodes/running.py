@@ -28,7 +28,7 @@ def running_prompt(prompt_id: str) -> Prompt | None:
 
 def is_link(value: Any) -> bool:
     """Whether an input of a prompt is [node id, index of the output]."""
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
 def source_name(input: str, kind: str) -> str | None:
@@ -53,15 +53,17 @@ def source_name(input: str, kind: str) -> str | None:
 
 def _upstream(prompt: Prompt, entry: dict[str, Any], kind: str) -> list[Any] | None:
     """A node's first input of this type, or else of any type; None for a loader."""
-    links = {_output_type(prompt, value): value for value in reversed(entry["inputs"].values()) if is_link(value)}
-    return links.get(kind) or links.get("*")
+    links = [value for value in entry["inputs"].values() if is_link(value)]
+    return next((link for wanted in (kind, "*") for link in links if _output_type(prompt, link) == wanted), None)
 
 
 def _output_type(prompt: Prompt, link: list[Any]) -> str | None:
-    """The type of the output that a link comes from; None for a node that is not installed, or makes no such output."""
+    """The type of the output that a link comes from; None for a node that is not installed, or makes no such output,
+    and for a list of choices."""
     made = comfy_nodes.NODE_CLASS_MAPPINGS.get(prompt.get(link[0], {}).get("class_type"))
     types = getattr(made, "RETURN_TYPES", ())
-    return types[link[1]] if link[1] < len(types) else None
+    found = types[link[1]] if 0 <= link[1] < len(types) else None
+    return found if isinstance(found, str) else None
 
 
 def _loaded_file(entry: dict[str, Any], kind: str) -> str | None:

@@ -51,7 +51,7 @@ def activation_probe_figure(probe: Probe, *, width: int = 1024, height: int = 76
 
 
 def draw_lines(figure: Figure, axes: Axes, probe: Probe) -> None:
-    """One line per step, from light (first) to dark (last)."""
+    """One line per step, from faint (first) to strong (last)."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -64,7 +64,6 @@ def draw_lines(figure: Figure, axes: Axes, probe: Probe) -> None:
     axes.set(yscale="log", ylabel="difference (% of RMS)", xlim=(-0.5, len(places) - 0.5))
     if not any(map(any, probe.differences)):
         axes.set_ylim(0.1, 10)
-    if not any(map(any, probe.differences)):
         write_inside(axes, "all outputs are equal")
     axes.set_title("Relative difference of the outputs, one line per step")
     axes.tick_params(labelbottom=False, bottom=False)

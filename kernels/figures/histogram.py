@@ -118,7 +118,7 @@ def draw_relative(axes: Axes, error: ErrorStatistics, recipe: Recipe) -> None:
 
 
 def draw_scatter(axes: Axes, errors: Sequence[ErrorStatistics], recipe: Recipe) -> None:
-    """Sampled values after quantization over those before, darker where dense, and the line of no change."""
+    """Sampled values after quantization over those before, stronger where dense, and the line of no change."""
     from matplotlib.colors import LinearSegmentedColormap
 
     pairs = sample_pairs(errors)

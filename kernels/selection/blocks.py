@@ -66,6 +66,8 @@ def _lacking(blocks: Mapping[int, set[str]]) -> dict[int, set[str]]:
     """Block -> names of tensors that it lacks, and the blocks around it have.
 
     The first and the last block are often of another kind: nothing is said of them, and the last may lack the same.
+    So are blocks that are lists, as in a U-Net, which are compared by their first part alone: pruned models have fewer
+    of the others.
     """
     counts = Counter(name for rest in blocks.values() for name in rest)
     last = max(blocks)
@@ -75,6 +77,14 @@ def _lacking(blocks: Mapping[int, set[str]]) -> dict[int, set[str]]:
         if holders != len(blocks) - 2 or count < _FEWEST or name not in blocks[min(blocks)]:
             continue
         (number,) = (number for number, rest in blocks.items() if number != last and name not in rest)
-        if name in blocks.get(number + 1, ()):
+        part = name.partition(".")[0]
+        further = part.isdecimal() and part != "0"
+        if name in blocks.get(number + 1, ()) and not further and not _is_of_a_weight(name, blocks[number]):
             lacking.setdefault(number, set()).add(name)
     return lacking
+
+
+def _is_of_a_weight(name: str, rest: set[str]) -> bool:
+    """Whether a tensor, such as a scale of an unknown kind, comes with a weight that these names hold without it."""
+    layer = name.rpartition(".weight" if ".weight" in name else ".")[0]
+    return f"{layer}.weight" in rest and not name.endswith(".bias")

@@ -72,6 +72,27 @@ def test_blocks_of_another_kind_at_the_end():
     assert found([*sd3(blocks=1), *names]) == {}
 
 
+def test_blocks_of_a_pruned_unet():
+    """One of them has no attention, and nor has the last."""
+    names = [f"joint_blocks.{i}.{j}.{part}.weight" for i in range(6) for j in range(2 - (i in (1, 5))) for part in "ab"]
+    assert found([*sd3(blocks=1), *names]) == {}
+
+
+@pytest.mark.parametrize("ending", ["weight_scale_2", "weight_scale_inv", "weight.absmax", "scale_input"])
+def test_a_weight_without_the_scale_that_others_have(ending):
+    """It stayed in 16 bits."""
+    layers = [f"joint_blocks.{i}.x_block.attn.qkv" for i in range(5) if i != 2]
+    assert found([*sd3(blocks=5), *(f"{layer}.{ending}" for layer in layers)]) == {}
+
+
+def test_one_file_of_a_set_has_one_fault(tmp_path):
+    tensors = sd3(blocks=5)
+    cut = tmp_path / "model-00001-of-00002.safetensors"
+    save_file({name: tensors[name] for name in without(tensors, "joint_blocks.2.")}, cut)
+    findings = inspect_file(cut).findings
+    assert [finding.code for finding in findings if finding.severity == "error"] == ["not_a_model"]
+
+
 @pytest.mark.parametrize("layout", ["native", "legacy"])
 @pytest.mark.parametrize("cut", ["joint_blocks.2.", "joint_blocks.2.x_block.attn.qkv."])
 def test_a_scaled_file_that_lacks_a_part_is_not_exact(tmp_path, cut, layout):
