@@ -151,7 +151,7 @@ function addErrorBox(node, message) {
   box.showError(message);
   const size = [...node.size];
   const widget = addElement(node, "stochastic_fp8_error", box.host, ERROR_SIZE);
-  setTimeout(() => mountLate(node, box.host));
+  setTimeout(() => errorBoxes.has(node) && mountLate(node, box.host));
   errorBoxes.set(node, () => {
     errorBoxes.delete(node);
     box.host.remove();
@@ -311,14 +311,19 @@ async function showEnd(panel, messages) {
  */
 async function restoreMessages() {
   if (!panels.size) return [];
-  const answer = await api.fetchApi("/stochastic_fp8/live");
-  if (!answer.ok) return null;
+  const answer = await askServer("/stochastic_fp8/live");
+  if (!answer?.ok) return null;
   const messages = await answer.json();
   messages.forEach(showMessage);
   return messages;
 }
 
 async function fetchSummaries(prompt) {
-  const answer = await api.fetchApi(`/stochastic_fp8/summaries?${new URLSearchParams({ prompt })}`);
-  return answer.ok ? await answer.json() : {};
+  const answer = await askServer(`/stochastic_fp8/summaries?${new URLSearchParams({ prompt })}`);
+  return answer?.ok ? await answer.json() : {};
+}
+
+/** The server's response; null while it cannot be reached. */
+function askServer(route) {
+  return api.fetchApi(route).catch(() => null);
 }

@@ -74,7 +74,7 @@ export const WORDS = {
     resultOutputError: "Predicted output error (median)",
     resultWithNearest: "With nearest",
     resultCalibrated:
-      "Calibrated rounding lowers the error of the layer outputs. The SQNR of the weights can be lower for it.",
+      "Calibrated rounding lowers the error of the layer outputs. The SQNR of the weights can be lower as a result.",
     resultLowestSqnr: "Lowest SQNR",
     resultLargestOutputError: "Largest predicted output error",
     resultNearestCloser: "Nearest would be about {decibels} closer to the original weights.",

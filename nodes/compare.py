@@ -64,8 +64,7 @@ class StochasticFP8Compare(io.ComfyNode):
                     ),
                 ),
                 layers_input(
-                    "The roundings are tried on the layers that Stochastic FP8 Quantize would quantize with this "
-                    "setting.",
+                    "The roundings are tried on the layers that Stochastic FP8 would quantize with this setting.",
                     DIFFUSION,
                 ),
                 io.Int.Input(

@@ -303,7 +303,7 @@ def _rebound(rebinder: Rebinder, value, what: str):
     except StillBound:
         raise ModelError(
             f"another node left something in this model that uses its unquantized weights ({what}): put that node "
-            "after Stochastic FP8 Quantize"
+            "after Stochastic FP8"
         ) from None
 
 

@@ -44,10 +44,11 @@ class StochasticFP8Quantize(io.ComfyNode):
         return newer(
             io.Schema,
             node_id="StochasticFP8Quantize",
-            display_name="Stochastic FP8 Quantize",
+            display_name="Stochastic FP8",
             category=CATEGORY,
             search_aliases=[
                 "fp8",
+                "stochastic fp8 quantize",
                 "float8",
                 "quantize model",
                 "quantise",

@@ -45,7 +45,7 @@ log = logging.getLogger("stochastic_fp8")
 def model_contents(model) -> ScaledStateDict:
     """A diffusion model alone, under its bare names."""
     network = models.diffusion_network(model)
-    _check_quantized([network], "MODEL", "Stochastic FP8 Quantize")
+    _check_quantized([network], "MODEL", "Stochastic FP8")
     contents = network.saved_state_dict()
     contents.add_tensors(models.sampling_keys(model) | beside_tensors(model))
     return contents
@@ -68,7 +68,7 @@ def text_contents(clip) -> dict[str, ScaledStateDict]:
 def checkpoint_contents(model, clip, vae) -> ScaledStateDict:
     """An all-in-one checkpoint, under the names of the model's family."""
     network = models.diffusion_network(model)
-    _check_quantized([network], "MODEL", "Stochastic FP8 Quantize")
+    _check_quantized([network], "MODEL", "Stochastic FP8")
     contents = ScaledStateDict(metadata=network.metadata)
     contents.add(network.saved_state_dict(), models.diffusion_prefix(model))
     contents.add_tensors(models.sampling_keys(model) | beside_tensors(model))
@@ -114,7 +114,7 @@ class StochasticFP8Save(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="A model from Stochastic FP8 Quantize, or one loaded from a scaled FP8 file.",
+                    tooltip="A model from Stochastic FP8, or one loaded from a scaled FP8 file.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="A text encoder to save, alone or with the model."),
                 io.Vae.Input("vae", optional=True, tooltip="A VAE for an all-in-one checkpoint. It is not changed."),
@@ -243,5 +243,5 @@ def _check_savable(network: Network, what: str) -> None:
     if patched:
         raise ModelError(
             f"a LoRA or another patch changes {len(patched)} weights of this {what} (e.g. '{patched[0]}') after it was "
-            "quantized, and saving would round them a second time: move it before Stochastic FP8 Quantize"
+            "quantized, and saving would round them a second time: move it before Stochastic FP8"
         )

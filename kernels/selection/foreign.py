@@ -65,7 +65,7 @@ class ForeignFile:
 _FOREIGN = (
     ForeignFile(
         "a LoRA",
-        "quantize the model that it belongs to (Stochastic FP8 Quantize applies LoRAs that are loaded before it)",
+        "quantize the model that it belongs to (Stochastic FP8 applies LoRAs that are loaded before it)",
         ("lora", "lokr", "loha", "hada", "lycoris", "oft", "dora", ".diff", ".set_weight", ".down", ".up", ".alpha"),
         re.compile(
             r"(?:^|[._])(?:lora|lokr|loha|hada|lycoris|oft|boft|glora|dora)\d*[._]|\.(?:diff|diff_b|set_weight)$|"

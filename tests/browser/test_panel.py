@@ -29,7 +29,7 @@ COUNT_LISTENERS = """(() => {
 
 
 def add_quantize(workspace, file="tiny.safetensors", **widgets):
-    """Load Diffusion Model -> Stochastic FP8 Quantize -> Save Scaled FP8 Model; the id of the middle one."""
+    """Load Diffusion Model -> Stochastic FP8 -> Save Scaled FP8 Model; the id of the middle one."""
     loader = workspace.add("UNETLoader", (100, 150), unet_name=file)
     quantize = workspace.add("StochasticFP8Quantize", (400, 150), **widgets)
     save = workspace.add("StochasticFP8Save", (820, 150))

@@ -134,7 +134,7 @@ def test_errors_are_shown_on_the_node(workspace, renderer):
     with pytest.raises(BrowserError, match="is not quantized"):
         workspace.run()
     workspace.page.keyboard.press("Escape")
-    workspace.wait_text("this MODEL is not quantized: put Stochastic FP8 Quantize before", "result")
+    workspace.wait_text("this MODEL is not quantized: put Stochastic FP8 before", "result")
     assert workspace.violations("result") == []
 
 

@@ -170,7 +170,7 @@ def test_an_object_bound_to_the_network_is_refused(bench):
     graph = Graph()
     bound = graph.add("TestBoundModel", model=bench.load(graph, "carried.safetensors"), way="object")
     save(graph, "refused", model=quantize(graph, bound, **NEAREST))
-    with pytest.raises(ExecutionError, match="put that node after Stochastic FP8 Quantize"):
+    with pytest.raises(ExecutionError, match="put that node after Stochastic FP8"):
         bench.server.queue(graph.prompt)
 
 
@@ -203,7 +203,7 @@ def test_a_lora_in_bypass_mode_after_quantize_is_not_saved(bench):
     quantized = quantize(graph, bench.load(graph, "carried.safetensors"), **NEAREST)
     patched = graph.add("LoraLoaderBypassModelOnly", model=quantized, lora_name=LORA, strength_model=1.0)
     save(graph, "bypass_after", model=patched)
-    with pytest.raises(ExecutionError, match="move it before Stochastic FP8 Quantize"):
+    with pytest.raises(ExecutionError, match="move it before Stochastic FP8"):
         bench.server.queue(graph.prompt)
 
 

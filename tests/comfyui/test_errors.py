@@ -218,7 +218,7 @@ def test_a_lora_between_quantize_and_save(bench):
     save(graph, "never", model=patched)
     message, node = fails(bench, graph)
     assert node == "StochasticFP8Save"
-    assert "move it before Stochastic FP8 Quantize" in message
+    assert "move it before Stochastic FP8" in message
     assert not list(bench.saved("").glob("never_*"))
 
 
@@ -227,7 +227,7 @@ def test_saving_a_model_that_is_not_quantized(bench):
     save(graph, "never", model=bench.load(graph, "sd3"))
     message, node = fails(bench, graph)
     assert node == "StochasticFP8Save"
-    assert "put Stochastic FP8 Quantize before" in message
+    assert "put Stochastic FP8 before" in message
 
 
 def test_the_type_of_an_error_has_no_path(bench):
