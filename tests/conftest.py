@@ -68,10 +68,8 @@ def pytest_collection_finish():
 
 
 def _shared_part(item):
-    """Tests with an equal one run in one process. Those of the page share a browser and the server of a front end."""
-    if "workspace" not in item.fixturenames:
-        return item.path.stem
-    return item.callspec.params.get("frontend", "bundled") if hasattr(item, "callspec") else "bundled"
+    """Tests with an equal one run in one process. Those of the page share a browser, which uses more than one core."""
+    return "page" if "workspace" in item.fixturenames else item.path.stem
 
 
 @pytest.hookimpl(wrapper=True)

@@ -16,9 +16,9 @@ LONG = 6_000
 """Layers of long.safetensors: enough work for tests to see a running job and cancel it."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
-    """One Chromium per test process."""
+    """One Chromium, which is closed before the tests of other folders."""
     if not (shutil.which("chromium") and NODE_MODULES.exists()):
         pytest.skip("needs a browser: tests/tools/environment.py --browser")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,12 @@ def test_a_model_is_named_behind_its_patches(bench, graph):
     assert reported_source(bench, graph, quantize(graph, model)[1]) == "named.safetensors"
 
 
+def test_a_model_behind_a_chooser_of_files_has_its_class(bench, graph):
+    chosen = graph.add("TestChooser", name=bench.model_file("sd3").name)
+    model = graph.add("UNETLoader", unet_name=chosen, weight_dtype="default")
+    assert reported_source(bench, graph, quantize(graph, model)[1]) == "SD3"
+
+
 def test_a_text_encoder_has_the_names_of_its_files(bench, graph):
     t5 = tiny_models.write_t5xxl(bench.server.models("text_encoders") / "named_t5.safetensors")
     clip_l = tiny_models.write_clip_l(bench.server.models("text_encoders") / "named_l.safetensors")

@@ -242,6 +242,28 @@ class Anything:
         return (json.loads(text),)
 
 
+class Choices(list):
+    """A type of output that fits every list of choices: custom nodes that choose a file declare one like it."""
+
+    def __ne__(self, other):
+        return False
+
+
+class Chooser:
+    """The name of a file, for a loader's list."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = (Choices(),)
+    FUNCTION = "choose"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {})}}
+
+    def choose(self, name):
+        return (name,)
+
+
 _NODES = (
     RandomConditioning,
     FileConditioning,
@@ -255,6 +277,7 @@ _NODES = (
     Wait,
     Fail,
     Anything,
+    Chooser,
     *MODEL_NODES,
     *DIFFUSERS_NODES,
     FakeGPU,
