@@ -51,6 +51,7 @@ def serve(base, **options):
         _servers.remove(server)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
     """Mark tests by folder, keep those that share a server in one process, and skip POSIX tests on Windows."""
     for item in items:
