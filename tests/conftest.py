@@ -51,16 +51,14 @@ def serve(base, **options):
         _servers.remove(server)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Mark tests by folder, keep those that share a server in one process, and skip POSIX tests on Windows."""
+    """Mark tests by folder, and skip POSIX tests on Windows."""
     for item in items:
         if os.name == "nt" and item.get_closest_marker("posix"):
             item.add_marker(pytest.mark.skip(reason="needs signals, pipes or limits of POSIX"))
         folder = item.path.parent.name
         if folder in ("comfyui", "browser"):
             item.add_marker(getattr(pytest.mark, folder))
-            item.add_marker(pytest.mark.xdist_group(f"{folder}-{_shared_part(item)}"))
 
 
 def pytest_collection_finish():
@@ -68,9 +66,22 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def _shared_part(item):
-    """Tests with an equal one run in one process. Those of the page share a browser, which uses more than one core."""
-    return "page" if "workspace" in item.fixturenames else item.path.stem
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep tests that share a browser, or the fixtures of a file, in one process.
+
+    xdist 3.8 does not see its own groups with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = Path(nodeid.split("::")[0])
+            if file.parent.name == "browser":
+                return file.parent.name
+            return str(file) if file.parent.name == "comfyui" else nodeid
+
+    return Scheduler(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -16,4 +16,4 @@ fi
 if [ -n "${COVERAGE:-}" ]; then
     set -- --cov --cov-config=pyproject.toml --cov-report=term "$@"
 fi
-exec .build/venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+exec .build/venv/bin/python -m pytest -n 2 "$@"
