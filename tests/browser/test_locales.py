@@ -15,6 +15,7 @@ def chinese(workspace):
     workspace.page.wait(READY)
     yield workspace
     workspace.server.post("/settings/Comfy.Locale", "en")
+    workspace.server.post("/settings/Comfy.RightSidePanel.IsOpen", False)  # the help was shown there
     workspace.reload()
 
 

@@ -18,6 +18,7 @@ PUBLISHED = {
     "example_workflows",
     "js",
     "kernels",
+    "locales",
     "nodes",
     "pyproject.toml",
     "requirements.txt",
