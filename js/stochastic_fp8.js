@@ -295,7 +295,7 @@ async function poll() {
   pollTimer = setTimeout(poll, POLL);
 }
 
-/** Show how the job of a panel ended, if the server's messages are no longer about it. */
+/** Show how a panel's job ended, once the server no longer reports on it. */
 async function showEnd(panel, messages) {
   const state = panel.runState;
   if (!state || messages.some(({ node, prompt }) => node === state.node && prompt === state.prompt)) return;

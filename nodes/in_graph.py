@@ -55,14 +55,6 @@ class NetworkJob:
         return state
 
 
-def quantize_network(
-    network: Network, recipe: Recipe, device: torch.device, calibration: Calibration | None = None
-) -> tuple[Quantization, ScaledStateDict]:
-    """Plan and carry out the quantization of one network; see NetworkJob for what is raised."""
-    job = NetworkJob(network, recipe, device, calibration)
-    return job.quantization, job.run()
-
-
 def _bytes_beside(network: Network, metadata: Mapping[str, str]) -> int:
     """What Save Scaled FP8 Model writes beside the network, which a size limit counts."""
     beside = beside_tensors(network.patcher)

@@ -19,7 +19,6 @@ from .live import LiveJob
 STEPS = 1000
 """Steps of the progress bar. ComfyUI sends one message per step: these are enough for a smooth bar."""
 
-
 TEXT_INTERVAL = 0.5
 """Least time between two texts on the node, in seconds."""
 
@@ -36,14 +35,14 @@ class TimeLeft:
         if done and now - self._shown >= TEXT_INTERVAL:
             self._shown = now
             left = (now - self._started) / done * max(total - done, 0)
-            _show_text(f"{text}\n{display.seconds(left)} left")
+            show_text(f"{text}\n{display.seconds(left)} left")
 
     def finish(self, text: str) -> None:
         """Show a last text: what was done, and how long it took."""
-        _show_text(f"{text} in {display.seconds(time.monotonic() - self._started)}")
+        show_text(f"{text} in {display.seconds(time.monotonic() - self._started)}")
 
 
-def _show_text(text: str) -> None:
+def show_text(text: str) -> None:
     """Show a text on the running node. Does nothing outside an execution."""
     context = get_executing_context()
     if context is not None and PromptServer.instance.client_id is not None:

@@ -35,7 +35,7 @@ from .files import (
 from .live import files_output
 from .networks import ModelError, Network, beside_tensors, narrow
 from .options import another_comfyui_input, filename_output, layout_input
-from .progress import JobProgress
+from .progress import JobProgress, show_text
 from .running import source_name
 from .schema import CATEGORY, newer
 
@@ -195,7 +195,9 @@ def _within_limit(contents: ScaledStateDict, metadata: dict[str, str], limit: fl
     nbytes = state_dict_bytes(contents) - METADATA_BYTES + metadata_bytes(metadata)
     if not limit or nbytes <= limit * GB:
         return metadata
-    log.warning("the workflow is not in the file, which it would make larger than %g GB; quantize again", limit)
+    warning = f"the workflow is not in the file, which it would make larger than {limit:g} GB; quantize again"
+    log.warning("%s", warning)
+    show_text(warning)
     return {RECIPE_ENTRY: metadata[RECIPE_ENTRY]}
 
 

@@ -100,7 +100,7 @@ def rows(network):
 def quantize(network, recipe):
     """Seconds, and the state dict."""
     start = time.perf_counter()
-    _, state = in_graph.quantize_network(network, recipe, CUDA)
+    state = in_graph.NetworkJob(network, recipe, CUDA).run()
     torch.cuda.synchronize()
     return time.perf_counter() - start, state
 

@@ -192,7 +192,7 @@ def test_values_that_are_not_finite(bench):
 
 
 def test_kept_values_that_are_not_finite_are_named(bench):
-    """In the graph as by file: they are no reason to stop, but images can be black."""
+    """In the graph as in the file job. The job goes on, but images can be black."""
     tensors = load_file(bench.model_file("sd3"))
     tensors["final_layer.linear.bias"][:2] = float("nan")
     tensors["y_embedder.mlp.0.weight"][0, 0] = float("inf")

@@ -36,7 +36,7 @@ class Family:
     bare: bool = False
     """Run the network itself, not ComfyUI's BaseModel around it, which takes another form of inputs."""
     fixed: Mapping = field(default_factory=dict)
-    """Class of a part whose sizes are no settings -> the arguments that make it small."""
+    """Class of a part whose sizes the settings do not give -> the arguments that make it small."""
     deeper: str = ""
     """Part of the names of blocks that the small network leaves out, though ComfyUI's detection counts them."""
     since: tuple = (0,)

@@ -58,16 +58,16 @@ class FakeGPU:
         def free_memory(nbytes, device, *rest):
             room.append(nbytes)
 
-        quantize_network = pack.module("nodes.in_graph").quantize_network
+        job = pack.module("nodes.in_graph").NetworkJob
         with (
             patch.object(network, "tensor", tensors.get),
             pack.replaced("begin_transfer", begin_transfer),
             pack.replaced("is_staged", lambda x, device: device == GPU),
             patch.object(comfy.model_management, "free_memory", free_memory),
         ):
-            on_gpu = quantize_network(network, recipe, GPU)[1].weights
+            on_gpu = job(network, recipe, GPU).run().weights
         with patch.object(network, "tensor", tensors.get):
-            on_cpu = quantize_network(network, recipe, torch.device("cpu"))[1].weights
+            on_cpu = job(network, recipe, torch.device("cpu")).run().weights
         result = {
             "layers": list(layers),
             "patched": list(network.patched),
