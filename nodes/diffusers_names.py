@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_detection
+import comfy.ops
 import comfy.utils
 import torch
 from comfyui_version import __version__ as COMFYUI_VERSION
@@ -73,7 +74,7 @@ def _converted(source: Source, layout: str) -> Source | None:
     tensors = _without_values(renamed(source, rows).tensors)
     config = detect_config(tensors)
     joined = [name for name, parts in rows.items() if len({part.name for part in parts}) > 1]
-    if config is None or unet is not None and not _agree(config, unet) or not _fills(tensors, joined, config):
+    if config is None or unet is not None and not _agree(config, unet) or not _fills(tensors, joined):
         return None
     norms = [name for name, tensor in tensors.items() if tensor.ndim == 1 and name.endswith(".weight")]
     names = {published: rows[name] for name, published in diffusion_names(config, tensors, norms).items()}
@@ -136,18 +137,31 @@ def _each_once(runs: list[Run], total: int) -> bool:
     return end == total
 
 
-def _fills(tensors: Mapping[str, torch.Tensor], joined: Collection[str], config: Any) -> bool:
-    """Whether ComfyUI's model of this configuration finds all its parameters among the tensors, and no joined one is
-    shorter: the last part of it can be missing.
+def _fills(tensors: Mapping[str, torch.Tensor], joined: Collection[str]) -> bool:
+    """Whether ComfyUI's model of these tensors finds all its parameters among them, and no joined one is shorter: the
+    last part of it can be missing.
 
     The loader leaves the others as they were made, without an error. The model is made on `meta`, without memory, and
     without the tensors: SD 2.x reads values to tell what it predicts.
     """
+    config = detect_config(tensors)
+    config.custom_operations = _WholeLayers
     given = config.process_unet_state_dict(dict(tensors))
     network = config.get_model({}, "", device=torch.device("meta")).diffusion_model
     parameters = dict(network.named_parameters())
     full = all(given[name].shape[0] == parameters[name].shape[0] for name in joined if name in parameters)
     return full and parameters.keys() <= given.keys()
+
+
+class _WholeLayers(comfy.ops.manual_cast):
+    """ComfyUI's layers with all their parameters. With dynamic VRAM, its own Linear has none before it is loaded, unless
+    a subclass loads by itself."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        _load_from_state_dict = torch.nn.Module._load_from_state_dict
+
+    class Embedding(comfy.ops.manual_cast.Embedding):
+        _load_from_state_dict = torch.nn.Module._load_from_state_dict
 
 
 def _rows(runs: list[Run], starts: list[int], names: list[str]) -> Iterator[Rows]:

@@ -1,7 +1,6 @@
 """Short ways to write graphs with the pack's nodes, and to read their results."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,11 @@ NEW = (0, 4)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def write_landscapes(path):
+    """The landscape model with values that bfloat16 and float16 both hold: on a GPU, ComfyUI may load it in either."""
+    save_file({key: tensor.half().to(tensor.dtype) for key, tensor in load_file(tiny_models.LANDSCAPES).items()}, path)
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny model: its file, and how to sample with it. ``sample`` adds the nodes that it needs."""
@@ -44,7 +48,7 @@ class Family:
 FAMILIES = {
     "sd3": Family(
         "sd3.safetensors",
-        lambda path: shutil.copy(tiny_models.LANDSCAPES, path),
+        write_landscapes,
         64,
         64,
         ("EmptySD3LatentImage", {"width": 128, "height": 128}),
@@ -74,6 +78,8 @@ class Bench:
         self.new = server.version >= NEW
         self.exact = server.on_cpu
         """Whether ComfyUI loads models as stored and computes in fp32. On a GPU it uses half precision."""
+        self.dynamic_vram = self.new and not server.on_cpu and "--disable-dynamic-vram" not in server.arguments
+        """Whether ComfyUI fetches every weight from its file for each call."""
 
     def close(self, one, other):
         """Whether latents differ by no more than rounding during the computation explains."""

@@ -5,7 +5,7 @@
         images = server.files(entry)
 
 Uses the ComfyUI that tests/tools/environment.py built, or the one that COMFYUI_DIR and COMFYUI_PYTHON name.
-It computes on the CPU, unless COMFYUI_DEVICE is "gpu".
+It computes on the CPU, unless COMFYUI_DEVICE is "gpu". COMFYUI_ARGUMENTS are added to its command line.
 """
 
 import asyncio
@@ -99,7 +99,7 @@ class ComfyUIServer:
         self.version = comfyui_version()
         self.on_cpu = os.environ.get("COMFYUI_DEVICE") != "gpu"
         self.port = None
-        self._arguments = tuple(arguments)
+        self.arguments = (*os.environ.get("COMFYUI_ARGUMENTS", "").split(), *arguments)
         self._environment = environment or {}
         self._packs = {PACK_FOLDER: PACK_ROOT} if with_pack else {}
         if with_test_nodes:
@@ -158,7 +158,7 @@ class ComfyUIServer:
         command = [comfyui_python(), "main.py", "--listen", HOST, "--port", self.port]
         command += ["--cpu"] * self.on_cpu
         command += ["--disable-auto-launch", "--disable-api-nodes", "--base-directory", self.base]
-        command += ["--database-url", f"sqlite:///{self.base}/user/comfyui.db", *self._arguments]
+        command += ["--database-url", f"sqlite:///{self.base}/user/comfyui.db", *self.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         environment |= {"HTTP_PROXY": _NOWHERE, "HTTPS_PROXY": _NOWHERE, "NO_PROXY": HOST, **self._environment}
         with self.log_file.open("wb") as log:

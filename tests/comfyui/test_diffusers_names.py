@@ -163,6 +163,24 @@ def test_what_comfyui_cannot_convert_completely_is_refused(bench, change):
     assert refused(bench, tensors, f"{change.__name__}.safetensors", "SD3")
 
 
+def test_a_missing_part_is_found_where_layers_have_no_weights_yet(bench):
+    """With dynamic VRAM, ComfyUI makes layers without weights."""
+    if bench.server.version < (0, 33):
+        pytest.skip("this ComfyUI makes every layer with its weights")
+    _, whole = written(bench, "sd3")
+    folder = bench.server.models("diffusion_models")
+    names = [whole]
+    for change in (remove_the_last_part, remove_a_layer):
+        tensors = load_file(folder / whole)
+        change(tensors)
+        save_file(tensors, folder / f"dynamic_{change.__name__}.safetensors")
+        names.append(f"dynamic_{change.__name__}.safetensors")
+    graph = Graph()
+    converted = bench.texts(graph, *(graph.add("TestConvertedNames", name=name) for name in names))
+    assert int(converted[0]) > 30
+    assert converted[1:] == ["0", "0"]
+
+
 @pytest.mark.parametrize(
     "missing",
     [

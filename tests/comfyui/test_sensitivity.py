@@ -120,7 +120,7 @@ def test_loras_are_measured_with_the_model(bench):
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_partially_loaded_model_has_the_same_effects(bench, calibration, share):
     """ComfyUI then fetches a layer's weight for each call."""
-    if bench.new and not bench.exact:
+    if bench.dynamic_vram:
         pytest.skip("with dynamic VRAM there is no partial load: every weight is fetched for its call")
     bench.server.free()
 
@@ -167,9 +167,9 @@ def test_measuring_leaves_the_model_as_it_was(bench):
     graph = Graph()
     scene, latent = scene_of(graph, word="dusk"), latent_of(graph)
     before = bench.keep(graph, graph.sample(*scene, latent, seed=7, steps=2, cfg=2.5))
+    unmeasured = bench.run(graph, before)  # before the digest: on first use, ComfyUI may cast some weights
     digest = graph.add("TestModelDigest", model=scene[0])
     first = json.loads(bench.texts(graph, digest)[0])
-    unmeasured = bench.run(graph, before)
     again = Graph()
     scene, latent = scene_of(again, word="dusk"), latent_of(again)
     effects = measure(again, scene, latent)
@@ -281,7 +281,7 @@ def test_graph_and_file_make_the_same_file_within_the_limit(bench, calibration):
     graph_file, file_file = map(load_file, paths)
     assert graph_file.keys() == file_file.keys()
     for key, tensor in file_file.items():
-        assert torch.equal(tensor.flatten().view(torch.uint8), graph_file[key].flatten().view(torch.uint8)), key
+        assert bench.same_values(tensor, graph_file[key]), key
     assert all(4.2e6 < path.stat().st_size <= 5.5e6 for path in paths)
     kept = {key for key, w in file_file.items() if w.ndim == 2 and w.dtype == torch.bfloat16 and "pos_embed" not in key}
     effects = calibration[0].sensitivity.layers

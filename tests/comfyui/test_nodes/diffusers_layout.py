@@ -1,12 +1,15 @@
 """Test-only nodes that write model files in the diffusers layout by ComfyUI's maps, and what ComfyUI makes of them."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import comfy.model_detection
 import comfy.utils
 import folder_paths
 import torch
 from safetensors.torch import load_file, save_file
+
+from .fake_gpu import Pack
 
 UNETS = {
     "sdxl": {
@@ -46,6 +49,31 @@ SHAPES = {
     "add_embedding.linear_1.weight": (16, 2816),
 }
 """What the detection reads a model's size off, or has another number of dimensions. More in `_shape`."""
+
+
+class ConvertedNames:
+    """How many tensors the pack gives ComfyUI's names, where ComfyUI makes layers as it does with dynamic VRAM: without
+    weights. 0 for a file that it does not convert."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ()
+    FUNCTION = "convert"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING",)}}
+
+    def convert(self, name):
+        import comfy.memory_management  # absent in older versions
+
+        path = Path(folder_paths.get_full_path("diffusion_models", name))
+        with (
+            patch.object(comfy.memory_management, "aimdo_enabled", True),
+            Pack().module("nodes.diffusers_names").open_native(path) as source,
+        ):
+            names = load_file(path).keys() ^ source.tensors.keys()
+            return {"ui": {"text": [str(len(names & source.tensors.keys()))]}}
 
 
 class WriteDiffusers:
@@ -164,4 +192,4 @@ def _shape(layout, key, target):
     return (rows, context or 16)
 
 
-NODES = (WriteDiffusers, MakeDiffusers, ConvertDiffusers)
+NODES = (ConvertedNames, WriteDiffusers, MakeDiffusers, ConvertDiffusers)
