@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,10 +14,13 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels import Recipe, dequantize_tensor, display, quantize_tensor
+from ..kernels.calibration.calibrate_tensor import calibrate_tensor
 from ..kernels.calibration.moments import Calibration
 from ..kernels.calibration.sensitivity import LayerEffect, RoundingErrors, Sensitivity, rounding_errors
 from ..kernels.engine.quantization import select
 from ..kernels.errors import CalibrationError
+from ..kernels.numerics.formats import E4M3FN
+from ..kernels.numerics.rounding import CALIBRATED
 from .devices import compute_device, make_room
 from .models import diffusion_network
 from .networks import ModelError, Network
@@ -28,6 +32,9 @@ log = logging.getLogger("stochastic_fp8")
 
 LONG_STEPS = 20
 """Steps, at least, of the renders that tell how large the errors of short ones become."""
+
+LONG_BLOCKS = 3
+"""Blocks, at most, that such renders are made for: those whose layers change the most."""
 
 NEGLIGIBLE = 1e-3
 """Share of the whole change below which the layers of blocks are not measured one by one: no choice depends on them."""
@@ -125,12 +132,14 @@ class Measurement:
         self._errors = _known_errors(calibration)
         self._progress = RenderProgress(0)
         self._names = list(names)
+        recorded = calibration is not None and any(name in calibration.layers for name in names)
+        self._roundings = ["nearest", CALIBRATED.name] if recorded else ["nearest"]
 
     def run(self) -> Sensitivity:
         """The effect of every layer that is used. Raises ModelError where no layer has any."""
         groups = _blocks(self._names)
         steps = self._short.steps * (1 + len(groups) + sum(len(group) for group in groups if len(group) > 1))
-        self._progress = RenderProgress(steps + 2 * self._long.steps)
+        self._progress = RenderProgress(steps + self._long.steps * (1 + len(self._roundings) * LONG_BLOCKS))
         used = self._render_originals()
         groups = _blocks([name for name in self._names if name in used])
         changes = {tuple(group): self._change(self._short, group) for group in groups}
@@ -144,21 +153,28 @@ class Measurement:
             layers |= {name: LayerEffect(self._change(self._short, [name]), self._errors[name]) for name in group}
         for group, change in changes.items():
             layers |= self._shared(group, change, layers)
-        gain = self._gain(max(changes, key=lambda each: changes[tuple(each)]), layers)
+        gains = self._gains(sorted(changes, key=lambda group: -changes[group])[:LONG_BLOCKS], layers)
         self._progress.finish(f"{display.count(len(layers), 'layer')} measured")
-        sensitivity = Sensitivity(layers, self._short.power, len(self._short.seeds), self._how(), gain)
+        sensitivity = Sensitivity(layers, self._short.power, len(self._short.seeds), self._how(), *gains)
         self._log(changes, sensitivity)
         return sensitivity
 
-    def _gain(self, group: Sequence[str], layers: dict[str, LayerEffect]) -> float:
-        """What a block changes in long renders, over the sum of its layers' effects, both relative to the power.
+    def _gains(self, groups: Sequence[tuple[str, ...]], layers: dict[str, LayerEffect]) -> list[float]:
+        """For each rounding: what a block changes in long renders, over the sum of its layers' effects, both relative
+        to the power; the geometric mean over the blocks.
 
         Errors grow over the steps of a render, and those of the layers of a block point the same way.
         """
         self._long.render_originals(self._model, self._progress)
-        relative = self._change(self._long, group)
-        apart = math.fsum(layers[name].change for name in group)
-        return relative * self._short.power / apart if relative and apart else 1.0
+        gains = []
+        for rounding in self._roundings:
+            ratios = []
+            for group in groups:
+                together = self._change(self._long, group, rounding) * self._short.power
+                apart = math.fsum(layers[name].with_rounding(E4M3FN.name, rounding) for name in group)
+                ratios += [together / apart] if together and apart else []
+            gains.append(statistics.geometric_mean(ratios) if ratios else 1.0)
+        return gains
 
     def _that_matter(self, changes: dict[tuple[str, ...], float]) -> list[tuple[str, ...]]:
         """The blocks whose layers are measured one by one: those without which too much of the change is missing."""
@@ -197,15 +213,15 @@ class Measurement:
             self._short.render_originals(self._model, self._progress)
         return used
 
-    def _change(self, renders: Renders, group: Sequence[str]) -> float:
+    def _change(self, renders: Renders, group: Sequence[str], rounding: str = "nearest") -> float:
         """What `renders` measures when these layers are rounded."""
         more = f" and {len(group) - 1} more" if len(group) > 1 else ""
         self._progress.text = group[0].removesuffix(".weight") + more
-        with self._rounded(group):
+        with self._rounded(group, rounding):
             return renders.change(self._model, self._progress)
 
     @contextmanager
-    def _rounded(self, group: Sequence[str]) -> Iterator[None]:
+    def _rounded(self, group: Sequence[str], rounding: str) -> Iterator[None]:
         """Let these layers multiply by their rounded weights: each adds the product with its weight's error.
 
         The model's own weights are not touched, wherever ComfyUI keeps them.
@@ -213,19 +229,22 @@ class Measurement:
         has_room = make_room(self._device, [sum(self._network.tensors[name].nbytes for name in group)])
         hooks = {}
         for name in group:
-            error = self._rounding_error(name)
+            error = self._rounding_error(name, rounding)
             hooks[name] = _AddProduct(error if has_room else error.cpu())
         with ExitStack() as stack:
             stack.enter_context(forward_hooks(self._network, hooks))
             yield
 
-    def _rounding_error(self, name: str) -> torch.Tensor:
+    def _rounding_error(self, name: str, rounding: str) -> torch.Tensor:
         """Rounded minus original weight (out, in), on the device where the model computes, in its dtype there."""
         weight = self._network.value(name, self._device)
+        layer = self._calibration.layer_of(name, weight) if self._calibration else None
         if name not in self._errors:
-            layer = self._calibration.layer_of(name, weight) if self._calibration else None
             self._errors[name] = rounding_errors(weight, layer)
-        q = quantize_tensor(weight, rounding="nearest", key=name)
+        if rounding == CALIBRATED.name and layer is not None:
+            q = calibrate_tensor(weight, layer, key=name)
+        else:
+            q = quantize_tensor(weight, rounding="nearest", key=name)
         return (dequantize_tensor(q.codes, q.scale) - weight.float()).to(self._network.tensor(name).dtype)
 
     def _how(self) -> str:

@@ -82,12 +82,18 @@ class Sensitivity:
     how: str = ""
     """How it was measured, for people."""
     gain: float = 1.0
-    """What all layers change together in a long render, over the sum of their effects, both relative to the power."""
+    """What layers change together in a long render, over the sum of their effects, both relative to the power."""
+    calibrated_gain: float | None = None
+    """The same for calibrated rounding, which leaves other errors; None: not measured, taken to be `gain`."""
 
-    @property
-    def level(self) -> float:
+    def gain_of(self, rounding: str) -> float:
+        """The gain of a rounding."""
+        calibrated = self.calibrated_gain if rounding == CALIBRATED.name else None
+        return self.gain if calibrated is None else calibrated
+
+    def level(self, rounding: str) -> float:
         """The sum of effects that is predicted to change the latents of a long render as much as they are, 0 dB."""
-        return self.power / self.gain
+        return self.power / self.gain_of(rounding)
 
     def __add__(self, other: Sensitivity) -> Sensitivity:
         """Both measurements together, weighted by their renders."""
@@ -96,8 +102,14 @@ class Sensitivity:
             layers[key] = self._mean(layers[key], effect, other.renders) if key in layers else effect
         renders = self.renders + other.renders
         power = (self.power * self.renders + other.power * other.renders) / renders
-        gain = self.gain ** (self.renders / renders) * other.gain ** (other.renders / renders)
-        return Sensitivity(layers, power, renders, " + ".join(filter(None, (self.how, other.how))), gain)
+        how = " + ".join(filter(None, (self.how, other.how)))
+        known = any(each.calibrated_gain is not None for each in (self, other))
+        gains = [self._mean_gain(other, rounding) for rounding in ("nearest", CALIBRATED.name)]
+        return Sensitivity(layers, power, renders, how, gains[0], gains[1] if known else None)
+
+    def _mean_gain(self, other: Sensitivity, rounding: str) -> float:
+        share = self.renders / (self.renders + other.renders)
+        return self.gain_of(rounding) ** share * other.gain_of(rounding) ** (1 - share)
 
     def _mean(self, one: LayerEffect, other: LayerEffect, renders: int) -> LayerEffect:
         change = (one.change * self.renders + other.change * renders) / (self.renders + renders)
@@ -159,6 +171,7 @@ def to_json(sensitivity: Sensitivity) -> dict[str, object]:
         "renders": sensitivity.renders,
         "how": sensitivity.how,
         "gain": sensitivity.gain,
+        **({} if sensitivity.calibrated_gain is None else {"calibrated_gain": sensitivity.calibrated_gain}),
         "layers": {key: _layer_to_json(layer) for key, layer in sensitivity.layers.items()},
     }
 
@@ -181,9 +194,8 @@ def from_json(stated: Mapping[str, object]) -> Sensitivity:
     version = stated.get("version")
     if type(version) is not int or version < 1:
         raise ValueError(f"the version of its sensitivities is {reprlib.repr(version)}")
-    layers, renders, gain = stated.get("layers"), stated.get("renders"), _number("gain", stated.get("gain", 1.0))
-    if not gain:
-        raise ValueError("the gain of its sensitivities is 0")
+    layers, renders, gain = stated.get("layers"), stated.get("renders"), _gain("gain", stated.get("gain", 1.0))
+    calibrated_gain = stated.get("calibrated_gain")
     if not isinstance(layers, dict) or not isinstance(renders, int) or isinstance(renders, bool) or renders < 1:
         raise ValueError("its sensitivities lack layers or renders")
     return Sensitivity(
@@ -192,6 +204,7 @@ def from_json(stated: Mapping[str, object]) -> Sensitivity:
         renders,
         str(stated.get("how", "")),
         gain,
+        None if calibrated_gain is None else _gain("calibrated_gain", calibrated_gain),
     )
 
 
@@ -213,6 +226,13 @@ def _errors(key: str, entry: object) -> dict[str, float]:
     if not isinstance(entry, dict):
         raise ValueError(f"the sensitivity of layer {key!r} lacks the errors of its weight")
     return {format: _number(f"error of layer {key!r} in {format}", entry.get(format)) for format in FORMATS}
+
+
+def _gain(what: str, value: object) -> float:
+    gain = _number(f"{what} of its sensitivities", value)
+    if not gain:
+        raise ValueError(f"the {what} of its sensitivities is 0")
+    return gain
 
 
 def _number(what: str, value: object) -> float:

@@ -179,7 +179,7 @@ class MeasuredChoice:
         """
         known = {name: effect for name, effect in self._effects.items() if name in state.pending}
         sensitivity = self._calibration.sensitivity
-        level = sensitivity.level if sensitivity else None
+        level = sensitivity.level(self._recipe.rounding) if sensitivity else None
         self.choices = choices(self._weights, state, known, level, reserved)
         if self._recipe.size_limit:
             self.choice = self.choices.within(math.floor(self._recipe.size_limit * GB))

@@ -31,7 +31,7 @@ ROUNDING_COLOURS = {"nearest": BLUE, "calibrated": GREEN}
 SIZES = (8e9, 12e9, 16e9, 24e9)
 """File sizes in bytes at which a line is drawn: those of common GPUs. The model needs more memory than its file."""
 
-DEVIATION = 3.5
+DEVIATION = 3
 """dB. How far the prediction was from real renders of the landscape model at most: tests/benchmarks/RESULTS.md."""
 
 RANGE = 40

@@ -119,7 +119,7 @@ def study_sizes(weights: Weights, calibration: Calibration, format: str = "float
             weights,
             state,
             effects_of(weights, names, replace(recipe, rounding=rounding), calibration, torch.device("cpu")),
-            sensitivity.level,
+            sensitivity.level(rounding),
         )
         for rounding in roundings
     }

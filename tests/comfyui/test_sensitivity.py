@@ -65,14 +65,14 @@ def rounded(weight):
     return torch.from_numpy((values / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale)
 
 
-def latents_of(bench, tensors, seeds):
+def latents_of(bench, tensors, seeds, steps=2):
     """The latents that KSampler makes with these weights."""
     name = bench.place("one_layer.safetensors", {key: tensor.float() for key, tensor in tensors.items()})
     bench.server.free()
     graph = Graph()
     model, positive, negative = scene_of(graph, bench.load(graph, name))
     latent = latent_of(graph)
-    samples = [graph.sample(model, positive, negative, latent, seed=seed, steps=2, cfg=2.5) for seed in seeds]
+    samples = [graph.sample(model, positive, negative, latent, seed=seed, steps=steps, cfg=2.5) for seed in seeds]
     kept = [bench.keep(graph, each) for each in samples]
     found = bench.run(graph, *kept)
     return torch.stack(found) if len(kept) > 1 else found[None]
@@ -94,6 +94,22 @@ def test_effects_are_those_of_models_with_one_rounded_layer(bench, calibration):
         assert close(bench, found.layers[name].change, (changed - original).square().mean().item()), name
         assert found.layers[name].alone
     assert found.how == "2 seeds, 2 steps, euler/simple, cfg 2.5, latent 1×16×8×8"
+
+
+def test_the_gain_is_that_of_whole_blocks_in_long_renders(bench, calibration):
+    """What the three blocks do in 20 steps, over the sum of what their layers do alone in 2 steps."""
+    weights, found = load_file(LANDSCAPES), calibration[0].sensitivity
+    original = latents_of(bench, weights, (5, 6), steps=20)
+    gains = []
+    for block in range(3):
+        names = [name for name in found.layers if name.startswith(f"joint_blocks.{block}.")]
+        changed = latents_of(bench, weights | {name: rounded(weights[name]) for name in names}, (5, 6), steps=20)
+        shares = (changed - original).square().mean((1, 2, 3, 4)) / original.square().mean((1, 2, 3, 4))
+        alone = sum(found.layers[name].change for name in names) / found.power
+        gains.append(shares.log().mean().exp().item() / alone)
+    expected = np.prod(gains) ** (1 / 3)
+    assert found.gain == pytest.approx(expected, rel=1e-3 if bench.exact else 0.5)
+    assert found.calibrated_gain is None
 
 
 def test_loras_are_measured_with_the_model(bench):
@@ -158,6 +174,31 @@ def test_measurements_are_added_to_a_calibration(bench, calibration):
         assert close(bench, layer.change, alone.layers[name].change)
         nearest, calibrated = layer.errors.output
         assert 0 < calibrated <= nearest < 0.1
+
+
+def test_calibrated_rounding_is_measured_in_long_renders_too(bench):
+    """Against models in which Stochastic FP8 rounds one block."""
+    graph = Graph()
+    scene, latent = scene_of(graph), latent_of(graph)
+    inputs = {"model": scene[0], "positive": scene[1], "negative": scene[2], "latent_image": latent}
+    recorded = graph.add("StochasticFP8Calibrate", **inputs, **SAMPLER, seed=1, runs=1)
+    found, file = run(bench, graph, measure(graph, scene, latent, calibration=recorded), "calibrated_gain")
+    graph, recipe = Graph(), {**RECIPE, "rounding": "calibrated", "layers": "all_linear"}
+    scene, latent = scene_of(graph), latent_of(graph)
+    loaded = graph.add("StochasticFP8LoadCalibration", calibration_name=file)
+    models = [scene[0]] + [
+        quantize(graph, scene[0], **{**recipe, "calibration": loaded, "only": f"joint_blocks.{block}"})
+        for block in range(3)
+    ]
+    sampled = [graph.sample(model, scene[1], scene[2], latent, seed=5, steps=20, cfg=2.5) for model in models]
+    original, *changed = bench.run(graph, *(bench.keep(graph, each) for each in sampled))
+    gains = []
+    for block, latents in enumerate(changed):
+        layers = [layer for name, layer in found.sensitivity.layers.items() if f"joint_blocks.{block}." in name]
+        alone = sum(layer.with_rounding("float8_e4m3fn", "calibrated") for layer in layers) / found.sensitivity.power
+        gains.append(((latents - original).square().mean() / original.square().mean()).item() / alone)
+    expected = np.prod(gains) ** (1 / 3)
+    assert found.sensitivity.calibrated_gain == pytest.approx(expected, rel=0.01 if bench.exact else 0.5)
 
 
 # No trace

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -151,6 +152,21 @@ def test_output_errors_are_not_lost_in_a_sum():
         assert not total.layers["a.weight"].alone
 
 
+def test_the_gains_of_a_sum_are_geometric_means():
+    """Weighted by renders. What was not measured for calibrated counts as nearest."""
+    one, other = replace(sensitivity(), gain=2.0, calibrated_gain=3.0), replace(sensitivity(), gain=8.0, renders=4)
+    assert (one + other).gain == pytest.approx((2 * 8 * 8) ** (1 / 3))
+    for total in (one + other, other + one):
+        assert total.calibrated_gain == pytest.approx((3 * 8 * 8) ** (1 / 3))
+    assert (other + other).calibrated_gain is None
+
+
+def test_calibrated_rounding_has_a_gain_of_its_own():
+    both = replace(sensitivity(), gain=2.0, calibrated_gain=4.0)
+    assert [both.level(rounding) for rounding in ("nearest", "stochastic", "calibrated")] == [2.0, 2.0, 1.0]
+    assert replace(both, calibrated_gain=None).level("calibrated") == 2.0
+
+
 def test_calibrations_carry_their_sensitivities():
     recorded, effects = inputs(32), Calibration({}, "", sensitivity())
     assert (recorded + effects).sensitivity == (effects + recorded).sensitivity == sensitivity()
@@ -170,6 +186,8 @@ def saved(tmp_path):
         4.0,
         2,
         "2 seeds",
+        2.5,
+        3.5,
     )
     save_calibration(inputs(32) + Calibration({}, "", both), tmp_path / "c.safetensors")
     return tmp_path / "c.safetensors", both
@@ -228,6 +246,9 @@ def test_entries_of_later_versions_are_ignored(saved):
         lambda stated: stated.update(power=-1.0),
         lambda stated: stated.update(power=math.nan),
         lambda stated: stated.update(renders=0),
+        lambda stated: stated.update(gain=0.0),
+        lambda stated: stated.update(calibrated_gain=0),
+        lambda stated: stated.update(calibrated_gain="2"),
         lambda stated: stated.update(layers=[]),
         lambda stated: stated["layers"].update({"a.weight": 3}),
         lambda stated: stated["layers"]["a.weight"].update(change="0.5"),

@@ -23,7 +23,7 @@ def layers():
     return {key: w for key, w in load_file(LANDSCAPES).items() if w.ndim == 2 and key.endswith(".weight")}
 
 
-def calibration(output=(0.03, 0.01), gain=2.0, without=()):
+def calibration(output=(0.03, 0.01), gain=2.0, without=(), calibrated_gain=None):
     """Effects that differ from layer to layer; attention has by far the largest."""
     errors = RoundingErrors(NEAREST, STOCHASTIC, output)
     effects = {
@@ -31,7 +31,7 @@ def calibration(output=(0.03, 0.01), gain=2.0, without=()):
         for i, key in enumerate(sorted(layers()))
         if key not in without
     }
-    return Calibration({}, "made up", Sensitivity(effects, 1.0, 2, "2 seeds", gain))
+    return Calibration({}, "made up", Sensitivity(effects, 1.0, 2, "2 seeds", gain, calibrated_gain))
 
 
 def study(*arguments, **options):
@@ -81,6 +81,12 @@ def test_quality_grows_with_size_up_to_16_bits(measured):
 def test_the_gain_lowers_the_quality(measured):
     plain = study(calibration(gain=1.0)).curves[0].points[0].decibels
     assert measured.curves[0].points[0].decibels == pytest.approx(plain - 10 * math.log10(2))
+
+
+def test_each_rounding_has_its_gain(measured):
+    levels = [[curve.points[0].decibels for curve in study(calibration(calibrated_gain=g)).curves] for g in (2.0, 20.0)]
+    assert levels[0] == [curve.points[0].decibels for curve in measured.curves]
+    assert levels[1] == pytest.approx([levels[0][0], levels[0][1] - 10])
 
 
 def test_calibrated_is_left_out_without_recorded_inputs(measured):
