@@ -154,8 +154,8 @@ def _fills(tensors: Mapping[str, torch.Tensor], joined: Collection[str]) -> bool
 
 
 class _WholeLayers(comfy.ops.manual_cast):
-    """ComfyUI's layers with all their parameters. With dynamic VRAM, its own Linear has none before it is loaded, unless
-    a subclass loads by itself."""
+    """ComfyUI's layers with all their parameters. With dynamic VRAM, its own Linear has none before it is loaded,
+    unless a subclass loads by itself."""
 
     class Linear(comfy.ops.manual_cast.Linear):
         _load_from_state_dict = torch.nn.Module._load_from_state_dict

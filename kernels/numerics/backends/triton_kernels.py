@@ -148,11 +148,13 @@ def quantize_and_measure(
     saturated = tl.zeros((TILE // FOLD,), tl.int32)
     for pair in range(tl.program_id(0), pairs, tl.num_programs(0)):
         block, base = _place(first_pair + pair, TILE)
+        low = _load(source, block * BLOCK + base, n, TILE, MASKED)  # both before the work on one of them
+        high = _load(source, block * BLOCK + LANE + base, n, TILE, MASKED)
         low_word, high_word = _words(stream, block, base, STOCHASTIC, COMPLEMENT, TILE)
         for half in tl.static_range(2):
             start = block * BLOCK + half * LANE + base
             word = low_word if half == 0 else high_word
-            x = _load(source, start, n, TILE, MASKED).to(tl.float32)
+            x = (low if half == 0 else high).to(tl.float32)
             position, drawn = _draw(x, word, scale, reciprocal, FLOAT8, STOCHASTIC, CEILING, WIDE, True)
             _store(codes, start, n, _encode(drawn, x), TILE, MASKED)
             error = _error(x, drawn, scale, FLOAT8)
