@@ -145,7 +145,7 @@ def _fills(tensors: Mapping[str, torch.Tensor], joined: Collection[str]) -> bool
     without the tensors: SD 2.x reads values to tell what it predicts.
     """
     config = detect_config(tensors)
-    config.custom_operations = _WholeLayers
+    config.custom_operations = _LayersWithParameters
     given = config.process_unet_state_dict(dict(tensors))
     network = config.get_model({}, "", device=torch.device("meta")).diffusion_model
     parameters = dict(network.named_parameters())
@@ -153,9 +153,8 @@ def _fills(tensors: Mapping[str, torch.Tensor], joined: Collection[str]) -> bool
     return full and parameters.keys() <= given.keys()
 
 
-class _WholeLayers(comfy.ops.manual_cast):
-    """ComfyUI's layers with all their parameters. With dynamic VRAM, its own Linear has none before it is loaded,
-    unless a subclass loads by itself."""
+class _LayersWithParameters(comfy.ops.manual_cast):
+    """With dynamic VRAM, ComfyUI makes Linear layers without parameters, unless a subclass loads by itself, as here."""
 
     class Linear(comfy.ops.manual_cast.Linear):
         _load_from_state_dict = torch.nn.Module._load_from_state_dict

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_api.latest import io
 
-from ..kernels import Recipe, dequantize_tensor, display, quantize_tensor
-from ..kernels.calibration.calibrate_tensor import calibrate_tensor
+from ..kernels import Recipe, dequantize_tensor, display
 from ..kernels.calibration.moments import Calibration
 from ..kernels.calibration.sensitivity import LayerEffect, RoundingErrors, Sensitivity, rounding_errors
 from ..kernels.engine.quantization import select
+from ..kernels.engine.quantize_weight import quantize_weight
 from ..kernels.errors import CalibrationError
 from ..kernels.numerics.formats import E4M3FN
 from ..kernels.numerics.rounding import CALIBRATED
@@ -33,8 +34,8 @@ log = logging.getLogger("stochastic_fp8")
 LONG_STEPS = 20
 """Steps, at least, of the renders that tell how large the errors of short ones become."""
 
-LONG_BLOCKS = 3
-"""Blocks, at most, that such renders are made for: those whose layers change the most."""
+LONG_BLOCKS, SMALLEST_SHARE = 3, 0.1
+"""Blocks, at most, that such renders are made for: those that change the most, and at least this share of the most."""
 
 NEGLIGIBLE = 1e-3
 """Share of the whole change below which the layers of blocks are not measured one by one: no choice depends on them."""
@@ -153,28 +154,30 @@ class Measurement:
             layers |= {name: LayerEffect(self._change(self._short, [name]), self._errors[name]) for name in group}
         for group, change in changes.items():
             layers |= self._shared(group, change, layers)
-        gains = self._gains(sorted(changes, key=lambda group: -changes[group])[:LONG_BLOCKS], layers)
+        gains = self._gains(_largest(changes), layers)
         self._progress.finish(f"{display.count(len(layers), 'layer')} measured")
         sensitivity = Sensitivity(layers, self._short.power, len(self._short.seeds), self._how(), *gains)
         self._log(changes, sensitivity)
         return sensitivity
 
-    def _gains(self, groups: Sequence[tuple[str, ...]], layers: dict[str, LayerEffect]) -> list[float]:
-        """For each rounding: what a block changes in long renders, over the sum of its layers' effects, both relative
-        to the power; the geometric mean over the blocks.
+    def _gains(self, groups: Sequence[tuple[str, ...]], layers: dict[str, LayerEffect]) -> tuple[float, float | None]:
+        """For nearest and calibrated rounding: what a block changes in long renders, over the sum of its layers'
+        effects, both relative to the power; the geometric mean over the blocks. None: not measured.
 
         Errors grow over the steps of a render, and those of the layers of a block point the same way.
         """
+        self._progress.skip(self._long.steps * len(self._roundings) * (LONG_BLOCKS - len(groups)))
         self._long.render_originals(self._model, self._progress)
-        gains = []
+        gains: list[float | None] = []
         for rounding in self._roundings:
             ratios = []
             for group in groups:
                 together = self._change(self._long, group, rounding) * self._short.power
                 apart = math.fsum(layers[name].with_rounding(E4M3FN.name, rounding) for name in group)
                 ratios += [together / apart] if together and apart else []
-            gains.append(statistics.geometric_mean(ratios) if ratios else 1.0)
-        return gains
+            gains.append(statistics.geometric_mean(ratios) if ratios else None)
+        nearest, *calibrated = gains
+        return nearest or 1.0, calibrated[0] if calibrated else None
 
     def _that_matter(self, changes: dict[tuple[str, ...], float]) -> list[tuple[str, ...]]:
         """The blocks whose layers are measured one by one: those without which too much of the change is missing."""
@@ -229,6 +232,7 @@ class Measurement:
         has_room = make_room(self._device, [sum(self._network.tensors[name].nbytes for name in group)])
         hooks = {}
         for name in group:
+            throw_exception_if_processing_interrupted()
             error = self._rounding_error(name, rounding)
             hooks[name] = _AddProduct(error if has_room else error.cpu())
         with ExitStack() as stack:
@@ -241,10 +245,7 @@ class Measurement:
         layer = self._calibration.layer_of(name, weight) if self._calibration else None
         if name not in self._errors:
             self._errors[name] = rounding_errors(weight, layer)
-        if rounding == CALIBRATED.name and layer is not None:
-            q = calibrate_tensor(weight, layer, key=name)
-        else:
-            q = quantize_tensor(weight, rounding="nearest", key=name)
+        q = quantize_weight(weight, name, Recipe(rounding=rounding), self._calibration, statistics=False)
         return (dequantize_tensor(q.codes, q.scale) - weight.float()).to(self._network.tensor(name).dtype)
 
     def _how(self) -> str:
@@ -318,6 +319,12 @@ def _known_errors(calibration: Calibration | None) -> dict[str, RoundingErrors]:
         return {}
     errors = {name: layer.errors for name, layer in calibration.sensitivity.layers.items()}
     return {name: each for name, each in errors.items() if each.output or name not in calibration.layers}
+
+
+def _largest(changes: Mapping[tuple[str, ...], float]) -> list[tuple[str, ...]]:
+    """The blocks for long renders. Those that hardly change anything would only add noise."""
+    order = sorted(changes, key=lambda group: -changes[group])[:LONG_BLOCKS]
+    return [group for group in order if changes[group] >= SMALLEST_SHARE * changes[order[0]]]
 
 
 def _check_same_model(network: Network, names: Sequence[str], calibration: Calibration | None) -> None:

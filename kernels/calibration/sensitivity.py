@@ -82,12 +82,13 @@ class Sensitivity:
     how: str = ""
     """How it was measured, for people."""
     gain: float = 1.0
-    """What layers change together in a long render, over the sum of their effects, both relative to the power."""
+    """What layers that are rounded to nearest change together in a long render, over the sum of their effects, both
+    relative to the power."""
     calibrated_gain: float | None = None
     """The same for calibrated rounding, which leaves other errors; None: not measured, taken to be `gain`."""
 
     def gain_of(self, rounding: str) -> float:
-        """The gain of a rounding."""
+        """The gain that predictions for this rounding use."""
         calibrated = self.calibrated_gain if rounding == CALIBRATED.name else None
         return self.gain if calibrated is None else calibrated
 

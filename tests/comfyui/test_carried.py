@@ -197,7 +197,10 @@ def test_a_lora_in_bypass_mode_is_baked_in_like_any_other(bench):
         sampled, reloaded, tensors = sampled_and_saved(bench, graph, quantize(graph, patched, **NEAREST), node)
         assert torch.equal(sampled, reloaded)
         saved.append(tensors)
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    baked_in, bypassed = saved  # on a GPU, products of LoRA matrices can differ in their last bit
+    assert baked_in.keys() == bypassed.keys()
+    for name, value in baked_in.items():
+        assert torch.equal(bypassed[name], value) or not bench.exact and distance(bypassed[name], value) < 0.005, name
 
 
 def test_a_lora_in_bypass_mode_after_quantize_is_not_saved(bench):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, dequantize_tensor, quantize_tensor
 from stochastic_fp8_pack.kernels.calibration import gptq, moments
+from stochastic_fp8_pack.kernels.calibration import calibrate_tensor as calibrate_module
 from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.errors import CalibrationError
@@ -178,6 +179,27 @@ def test_uncorrelated_inputs_are_rounded_to_nearest(format):
     assert torch.equal(codes.view(torch.uint8), plain.codes.view(torch.uint8))
     assert torch.equal(scale, plain.scale)
     assert error.chosen == error.nearest
+
+
+def test_a_gpu_without_enough_memory_falls_back_to_the_cpu(monkeypatch, caplog):
+    """The GPU is a name here: what is sent to it stays in main memory."""
+    layer, weight = recorded(correlated(200, 48)), weights(24, 48)
+    devices, round_on = [], calibrate_module.gptq_round
+
+    def send(tensor, device):
+        devices.append(device.type)
+        return tensor
+
+    def out_of_memory_on_the_gpu(*arguments, **options):
+        if devices[-1] == "cuda":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return round_on(*arguments, **options)
+
+    monkeypatch.setattr(calibrate_module, "gptq_round", out_of_memory_on_the_gpu)
+    q = calibrate_tensor(weight, layer, key="a.weight", device="cuda", send=send)
+    assert devices == ["cuda", "cpu"]
+    assert "tensor 'a.weight': cuda is out of memory; falling back to the CPU" in caplog.text
+    assert torch.equal(q.codes.view(torch.uint8), calibrate_tensor(weight, layer).codes.view(torch.uint8))
 
 
 def outlier():
