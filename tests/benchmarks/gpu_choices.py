@@ -1,19 +1,17 @@
-"""What each choice costs in speed, memory and quality on an NVIDIA GPU: the GPU columns of README's table of choices.
+"""What each choice costs in speed and memory on an NVIDIA GPU: those columns of README's table of choices.
 
-COMFYUI_DIR=... COMFYUI_PYTHON=... python tests/benchmarks/gpu_choices.py     # prints a Markdown section for RESULTS.md
-python tests/benchmarks/gpu_choices.py --blocks 2                             # a part of the model
+COMFYUI_DIR=... python tests/benchmarks/gpu_choices.py     # prints a Markdown section for RESULTS.md
+python tests/benchmarks/gpu_choices.py --blocks 2          # a part of the model
 
-First a model of Flux.1-dev's size with random weights: time per step, GPU memory, and how far its latents are from
-those of bf16. Then the landscape model, in half precision: PSNR to its 16-bit images.
+A model of Flux.1-dev's size with random weights: time per step, GPU memory, and how far its latents are from those of
+bf16. The quality of a trained model in half precision: `COMFYUI_DEVICE=gpu python tests/benchmarks --choices`.
 """
 
 import argparse
-import os
 import tempfile
 
 import gpu_flux  # isort: skip  (it brings ComfyUI)
 
-import choices_rows
 import comfy.model_management
 import comfy.sd
 import folder_paths
@@ -40,13 +38,10 @@ def main():
     print(f"    {' '.join(['python tests/benchmarks/gpu_choices.py', *gpu_flux.ARGUMENTS])}\n", flush=True)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         folder_paths.set_temp_directory(folder)
-        print(table(flux_rows(options)), flush=True)
-        free_all()
-    os.environ["COMFYUI_DEVICE"] = "gpu" if gpu_flux.GPU.type == "cuda" else "cpu"
-    print(f"\n{table(map(say, choices_rows.rows(1)))}", flush=True)
+        print(table(rows(options)), flush=True)
 
 
-def flux_rows(options):
+def rows(options):
     weights = gpu_flux.flux_weights(options.blocks, options.hidden)
     scene = Scene(options.side)
     original = comfy.sd.load_diffusion_model_state_dict(dict(weights))
@@ -99,9 +94,9 @@ class Scene:
 
     def rows(self, name, model, reference):
         """Time per step by batch size, the memory of all of the GPU, and the relative RMS change of the latents."""
+        free_all()
+        before = used()
         for batch in BATCHES:
-            free_all()
-            before = used()
             self._sample(model, 1, batch)
             step, _ = gpu_flux.per_step(lambda steps, batch=batch: self._sample(model, steps, batch))
             more = f"{(used() - before) / 1e9:.1f} GB of GPU memory"

@@ -127,8 +127,12 @@ class Peak:
 
     def _sample(self):
         while not self._end.wait(self.SECONDS_BETWEEN_SAMPLES):
-            found = re.search(r"RssAnon:\s+(\d+) kB", self._status.read_text())
-            self.bytes = max(self.bytes, 1024 * int(found[1]))
+            try:
+                found = re.search(r"RssAnon:\s+(\d+) kB", self._status.read_text())
+            except OSError:  # it ended
+                return
+            if found:
+                self.bytes = max(self.bytes, 1024 * int(found[1]))
 
 
 def machine():

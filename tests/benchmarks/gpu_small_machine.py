@@ -1,0 +1,112 @@
+"""Calibrating a model of Flux.1-dev's size with little memory: 32 GB of main memory, a 24 GB GPU, nothing pinned.
+
+COMFYUI_DIR=... COMFYUI_PYTHON=... python tests/benchmarks/gpu_small_machine.py     # a Markdown section for RESULTS.md
+python tests/benchmarks/gpu_small_machine.py --memory 24 --vram 16                  # GB
+python tests/benchmarks/gpu_small_machine.py --blocks 2                             # a part of the model
+
+Other processes hold the rest of the main memory, which the system cannot take back from them (there must be no swap, and
+no lower limit on a container). What is left includes the system's copies of files. ComfyUI keeps the rest of the GPU's
+memory free. The model's file and the result need 50 GB of disk.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import gpu_flux  # isort: skip  (it brings ComfyUI)
+
+import torch
+from comfyui.graph import Graph
+from comfyui.pack import quantize, save
+from comfyui.server import ComfyUIServer, ExecutionError, ServerError
+from measure import Peak, Row, say, table
+from safetensors.torch import save_file
+
+STEPS, TIMEOUT = 16, 900
+HOLDERS = 8
+HOLD = "import sys; held = b'x' * int(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=38, help="single blocks; half as many double ones")
+    parser.add_argument("--hidden", type=int, default=3072)
+    parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
+    parser.add_argument("--memory", type=float, default=32, help="GB of main memory that are left")
+    parser.add_argument("--vram", type=float, default=24, help="GB of the GPU's memory that ComfyUI may use")
+    options = parser.parse_args(gpu_flux.ARGUMENTS)
+    print("## Calibrating with little memory\n")
+    print(f"{gpu_flux.device_name()}, torch {torch.__version__}, ComfyUI {gpu_flux.VERSION}.\n")
+    print(f"    {' '.join(['python tests/benchmarks/gpu_small_machine.py', *gpu_flux.ARGUMENTS])}\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(map(say, rows(options, Path(folder)))), flush=True)
+
+
+def rows(options, folder):
+    model = folder / "models" / "diffusion_models" / "flux.safetensors"
+    model.parent.mkdir(parents=True)
+    weights = gpu_flux.flux_weights(options.blocks, options.hidden)
+    save_file(weights, model)
+    del weights
+    arguments = ["--disable-pinned-memory"]
+    if gpu_flux.GPU.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        arguments += ["--reserve-vram", str((total - options.vram * 1e9) / 2**30)]
+    yield Row("the model's file", f"{model.stat().st_size / 1e9:.1f} GB", "")
+    with main_memory(options.memory * 1e9):
+        yield Row("main memory left before ComfyUI's start", f"{options.memory:g} GB", "")
+        for rounding in ("nearest", "calibrated"):
+            with ComfyUIServer(folder, arguments=arguments) as server:
+                yield graph_row(server, rounding, options.side)
+
+
+def graph_row(server, rounding, side):
+    """A graph that loads, calibrates, quantizes and saves. The bar is that ComfyUI finishes it."""
+    graph, choices = Graph(), {}
+    model = graph.add("UNETLoader", unet_name="flux.safetensors", weight_dtype="default")
+    if rounding == "calibrated":
+        prompt = graph.add("TestRandomConditioning", seed=1, tokens=512, width=4096, pooled_width=768)
+        latent = graph.add("EmptySD3LatentImage", width=side, height=side, batch_size=1)
+        inputs = {"model": model, "positive": prompt, "negative": prompt, "latent_image": latent}
+        sampler = {**gpu_flux.SAMPLER, "seed": 0, "steps": STEPS, "runs": 1}
+        choices = {"calibration": graph.add("StochasticFP8Calibrate", **inputs, **sampler)}
+    save(graph, rounding, model=quantize(graph, model, rounding=rounding, layers="all_linear", **choices))
+    start = time.perf_counter()
+    what = f"load, calibrate {STEPS} steps, quantize, save" if choices else "load, quantize, save"
+    with Peak(server.pid) as peak:
+        try:
+            server.queue(graph.prompt, timeout=TIMEOUT)
+        except (ExecutionError, ServerError, OSError) as error:
+            return Row(f"{rounding}: {what}", "failed", str(error).splitlines()[-1][:200], "", "finishes", False)
+    for path in server.output.rglob("*.safetensors"):
+        path.unlink()
+    seconds = f"{time.perf_counter() - start:.0f} s"
+    return Row(f"{rounding}: {what}", seconds, f"anonymous memory {peak.bytes / 1e9:.1f} GB", "", "finishes", True)
+
+
+@contextmanager
+def main_memory(left):
+    """While the block runs, `left` bytes of main memory are available."""
+    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    held = max(0, 1024 * int(known["MemAvailable"].split()[0]) - int(left))
+    command = [sys.executable, "-c", HOLD, str(held // HOLDERS)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holders = [subprocess.Popen(command, **pipes) for _ in range(HOLDERS if held else 0)]
+    try:
+        for holder in holders:
+            assert holder.stdout.readline() == b"held\n"
+        yield
+    finally:
+        for holder in holders:
+            holder.communicate(b"")
+
+
+if __name__ == "__main__":
+    os.environ["COMFYUI_DEVICE"] = "gpu" if gpu_flux.GPU.type == "cuda" else "cpu"
+    main()
