@@ -4,9 +4,9 @@ COMFYUI_DIR=... COMFYUI_PYTHON=... python tests/benchmarks/gpu_small_machine.py 
 python tests/benchmarks/gpu_small_machine.py --memory 24 --vram 16                  # GB
 python tests/benchmarks/gpu_small_machine.py --blocks 2                             # a part of the model
 
-Other processes hold the rest of the main memory, which the system cannot take back from them (there must be no swap, and
-no lower limit on a container). What is left includes the system's copies of files. ComfyUI keeps the rest of the GPU's
-memory free. The model's file and the result need 50 GB of disk.
+Other processes hold the rest of the main memory, which the system cannot take back from them: there must be no swap,
+and no lower limit on a container. What is left includes the system's copies of files. ComfyUI keeps the rest of the
+GPU's memory free. The model's file and the result need 50 GB of disk.
 """
 
 import argparse

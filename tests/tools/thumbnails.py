@@ -121,7 +121,7 @@ def two_differences(server, name):
 
 def sizes_and_qualities(server, name):
     (figure,) = Run(server, name).pictures("StochasticFP8SizeQuality")
-    sheet = fill(figure.crop((60, 100, 629, 420)), SIZE)
+    sheet = fill(figure.crop((60, 114, 629, 434)), SIZE)
     label(sheet, "quality by size", (SIZE[0] // 2, SIZE[1] - 44))
     return sheet
 

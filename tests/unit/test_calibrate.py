@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from stochastic_fp8_pack.kernels import FORMATS, ROUNDINGS, dequantize_tensor, quantize_tensor
-from stochastic_fp8_pack.kernels.calibration import gptq, moments
 from stochastic_fp8_pack.kernels.calibration import calibrate_tensor as calibrate_module
+from stochastic_fp8_pack.kernels.calibration import gptq, moments
 from stochastic_fp8_pack.kernels.calibration.calibrate_tensor import calibrate_tensor
 from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
 from stochastic_fp8_pack.kernels.errors import CalibrationError
