@@ -14,6 +14,7 @@ from typing import Any
 import comfy.quant_ops
 import folder_paths
 from comfy.cli_args import args
+from comfy_execution.utils import get_executing_context
 from comfyui_version import __version__ as COMFYUI_VERSION
 
 from ..kernels.errors import CheckpointError, StochasticFP8Error
@@ -46,6 +47,9 @@ LONGEST_NAME = 200
 
 NO_NAME = '<>:"|?*' if os.name == "nt" else ""
 """Characters that file names cannot have, beside control characters."""
+
+_given: dict[str, set[str]] = {}
+"""The id of the running prompt -> the paths it was given to overwrite."""
 
 
 class PrefixError(StochasticFP8Error, ValueError):
@@ -147,9 +151,27 @@ def new_path(folder: str, filename_prefix: str, default: str = DEFAULT_PREFIX, o
         Path(where).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _refused(filename_prefix, f"cannot be used: {error.strerror or error}") from error
-    target = Path(where, f"{name}.safetensors" if overwrite else f"{name}_{counter:05}_.safetensors")
+    target = (
+        _once(Path(where, f"{name}.safetensors")) if overwrite else Path(where, f"{name}_{counter:05}_.safetensors")
+    )
     _check_inside(root, target, filename_prefix)  # overwriting writes through a link
     return target
+
+
+def _once(target: Path) -> Path:
+    """The path; with a number where the running prompt has been given it before. One of its files would replace another
+    without a word: two nodes with one name, or a node that saves a list of models."""
+    context = get_executing_context()
+    if context is None:
+        return target
+    if context.prompt_id not in _given:
+        _given.clear()  # prompts run one after another
+    given, free, number = _given.setdefault(context.prompt_id, set()), target, 1
+    while os.path.normcase(free) in given:
+        number += 1
+        free = target.with_stem(f"{target.stem}_{number}")
+    given.add(os.path.normcase(free))
+    return free
 
 
 def check_prefix(folder: str, filename_prefix: str, default: str = DEFAULT_PREFIX) -> str:

@@ -50,6 +50,18 @@ def test_of_several_files_the_encoders_is_meant(bench, file, name):
     assert bench.texts(graph, saver) == [f"{name}_float8_e4m3fn_00001_.safetensors"]
 
 
+def test_a_prompt_does_not_overwrite_its_own_files(bench):
+    """Nor does it number them on from an earlier prompt's."""
+    names = ["both.safetensors", "both_2.safetensors", "both_3.safetensors"]
+    for seed in (1, 11):
+        graph = Graph()
+        models = [quantize(graph, bench.load(graph, "sd3"), seed=seed + i) for i in range(3)]
+        savers = [save(graph, "both", model=model, overwrite=True) for model in models]
+        assert sorted(bench.texts(graph, *savers)) == names
+        assert sorted(path.name for path in bench.saved("").glob("both*")) == names
+        assert len({bench.saved(name).read_bytes() for name in names}) == 3
+
+
 def test_overwriting_replaces_the_file(bench):
     saved = []
     for seed in (1, 2):
