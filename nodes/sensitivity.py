@@ -34,8 +34,11 @@ log = logging.getLogger("stochastic_fp8")
 LONG_STEPS = 20
 """Steps, at least, of the renders that tell how large the errors of short ones become."""
 
-LONG_BLOCKS, SMALLEST_SHARE = 3, 0.1
-"""Blocks, at most, that such renders are made for: those that change the most, and at least this share of the most."""
+LONG_BLOCKS = 3
+"""Blocks, at most, that such renders are made for: those that change the most."""
+
+LARGE = 0.1
+"""The change of such a block, at least, relative to the largest. Blocks that hardly change anything only add noise."""
 
 NEGLIGIBLE = 1e-3
 """Share of the whole change below which the layers of blocks are not measured one by one: no choice depends on them."""
@@ -154,30 +157,35 @@ class Measurement:
             layers |= {name: LayerEffect(self._change(self._short, [name]), self._errors[name]) for name in group}
         for group, change in changes.items():
             layers |= self._shared(group, change, layers)
-        gains = self._gains(_largest(changes), layers)
+        largest = _largest(changes)
+        self._progress.skip(self._long.steps * len(self._roundings) * (LONG_BLOCKS - len(largest)))
+        self._long.render_originals(self._model, self._progress)
+        gains = {rounding: self._gain(rounding, largest, layers) for rounding in self._roundings}
         self._progress.finish(f"{display.count(len(layers), 'layer')} measured")
-        sensitivity = Sensitivity(layers, self._short.power, len(self._short.seeds), self._how(), *gains)
+        sensitivity = Sensitivity(
+            layers,
+            self._short.power,
+            len(self._short.seeds),
+            self._how(),
+            gain=gains["nearest"] or 1.0,
+            calibrated_gain=gains.get(CALIBRATED.name),
+        )
         self._log(changes, sensitivity)
         return sensitivity
 
-    def _gains(self, groups: Sequence[tuple[str, ...]], layers: dict[str, LayerEffect]) -> tuple[float, float | None]:
-        """For nearest and calibrated rounding: what a block changes in long renders, over the sum of its layers'
-        effects, both relative to the power; the geometric mean over the blocks. None: not measured.
+    def _gain(self, rounding: str, groups: Sequence[tuple[str, ...]], layers: dict[str, LayerEffect]) -> float | None:
+        """What a block changes in long renders, over the sum of its layers' effects, both relative to the power: the
+        geometric mean over these blocks. None where none of them changes anything.
 
         Errors grow over the steps of a render, and those of the layers of a block point the same way.
         """
-        self._progress.skip(self._long.steps * len(self._roundings) * (LONG_BLOCKS - len(groups)))
-        self._long.render_originals(self._model, self._progress)
-        gains: list[float | None] = []
-        for rounding in self._roundings:
-            ratios = []
-            for group in groups:
-                together = self._change(self._long, group, rounding) * self._short.power
-                apart = math.fsum(layers[name].with_rounding(E4M3FN.name, rounding) for name in group)
-                ratios += [together / apart] if together and apart else []
-            gains.append(statistics.geometric_mean(ratios) if ratios else None)
-        nearest, *calibrated = gains
-        return nearest or 1.0, calibrated[0] if calibrated else None
+        ratios = []
+        for group in groups:
+            together = self._change(self._long, group, rounding) * self._short.power
+            apart = math.fsum(layers[name].with_rounding(E4M3FN.name, rounding) for name in group)
+            if together and apart:
+                ratios.append(together / apart)
+        return statistics.geometric_mean(ratios) if ratios else None
 
     def _that_matter(self, changes: dict[tuple[str, ...], float]) -> list[tuple[str, ...]]:
         """The blocks whose layers are measured one by one: those without which too much of the change is missing."""
@@ -242,8 +250,8 @@ class Measurement:
     def _rounding_error(self, name: str, rounding: str) -> torch.Tensor:
         """Rounded minus original weight (out, in), on the device where the model computes, in its dtype there."""
         weight = self._network.value(name, self._device)
-        layer = self._calibration.layer_of(name, weight) if self._calibration else None
         if name not in self._errors:
+            layer = self._calibration.layer_of(name, weight) if self._calibration else None
             self._errors[name] = rounding_errors(weight, layer)
         q = quantize_weight(weight, name, Recipe(rounding=rounding), self._calibration, statistics=False)
         return (dequantize_tensor(q.codes, q.scale) - weight.float()).to(self._network.tensor(name).dtype)
@@ -322,9 +330,9 @@ def _known_errors(calibration: Calibration | None) -> dict[str, RoundingErrors]:
 
 
 def _largest(changes: Mapping[tuple[str, ...], float]) -> list[tuple[str, ...]]:
-    """The blocks for long renders. Those that hardly change anything would only add noise."""
+    """The blocks for long renders."""
     order = sorted(changes, key=lambda group: -changes[group])[:LONG_BLOCKS]
-    return [group for group in order if changes[group] >= SMALLEST_SHARE * changes[order[0]]]
+    return [group for group in order if changes[group] >= LARGE * changes[order[0]]]
 
 
 def _check_same_model(network: Network, names: Sequence[str], calibration: Calibration | None) -> None:

@@ -19,7 +19,8 @@ from .task import Task
 AMAX_TILE_BYTES, AMAX_WARPS, AMAX_PROGRAMS = 1 << 15, 8, 4
 ROUND_TILE, ROUND_WARPS = 1024, 2
 MEASURE_TILE, MEASURE_WARPS, MEASURE_PROGRAMS = 8192, 16, 1
-"""The fastest on an H200. PROGRAMS are per multiprocessor; rounding without statistics runs one per pair of tiles."""
+"""The fastest on an H100 and an H200. PROGRAMS are per multiprocessor. Rounding without statistics runs one per pair of
+tiles."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
