@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -62,17 +63,52 @@ MEMORY_BAR, BARRED = 3e9, {"room on the GPU"}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = options_parser(__doc__).parse_args(ARGUMENTS)
+    print_section("Calibrating in ComfyUI on an NVIDIA GPU", __file__, rows(options))
+
+
+def options_parser(doc, side=1024):
+    """The options of a benchmark with a model of Flux's kind."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=38, help="single blocks; half as many double ones")
     parser.add_argument("--hidden", type=int, default=3072)
-    parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
-    options = parser.parse_args(ARGUMENTS)
-    print("## Calibrating in ComfyUI on an NVIDIA GPU\n")
+    parser.add_argument("--side", type=int, default=side, help="of the image, in pixels")
+    return parser
+
+
+def is_whole(options):
+    """Whether the model is as large as Flux.1-dev: bars hold for that."""
+    return options.blocks == 38 and options.hidden == 3072
+
+
+def print_section(title, program, rows):
+    """A Markdown section for RESULTS.md. The rows are made with ComfyUI's temporary folder in one that is removed."""
+    print(f"## {title}\n")
     print(f"{device_name()}, torch {torch.__version__}, ComfyUI {VERSION}, {os.cpu_count()} CPU cores.\n")
-    print(f"    {' '.join(['python tests/benchmarks/gpu_flux.py', *ARGUMENTS])}\n", flush=True)
+    print(f"    {' '.join([f'python tests/benchmarks/{Path(program).name}', *ARGUMENTS])}\n", flush=True)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         folder_paths.set_temp_directory(folder)
-        print(table(rows(options)), flush=True)
+        print(table(map(say, rows)), flush=True)
+
+
+class Scene:
+    """A random prompt, and an empty image of `side` pixels."""
+
+    def __init__(self, side):
+        conditions = {"pooled_output": torch.randn(1, 768), "guidance": 3.5}
+        self._prompt, self._side = [[torch.randn(1, 512, 4096), conditions]], side
+
+    def inputs(self, model):
+        """The inputs of a node that renders."""
+        return {"model": model, "positive": self._prompt, "negative": self._prompt, "latent_image": self._latent(1)}
+
+    def sample(self, model, steps, batch=1):
+        settings = [SAMPLER[name] for name in ("cfg", "sampler_name", "scheduler")]
+        prompts = self._prompt, self._prompt
+        return comfy_nodes.common_ksampler(model, 0, steps, *settings, *prompts, self._latent(batch))[0]["samples"]
+
+    def _latent(self, batch):
+        return {"samples": torch.zeros(batch, 16, self._side // 8, self._side // 8)}
 
 
 def device_name():
@@ -97,19 +133,13 @@ def _double_block(key):
 
 def rows(options):
     model = flux(options.blocks, options.hidden)
-    positive = [[torch.randn(1, 512, 4096), {"pooled_output": torch.randn(1, 768), "guidance": 3.5}]]
-    latent = {"samples": torch.zeros(1, 16, options.side // 8, options.side // 8)}
-    inputs = {"model": model, "positive": positive, "negative": positive, "latent_image": latent}
+    scene = Scene(options.side)
+    inputs, plain = scene.inputs(model), partial(scene.sample, model)
 
-    sampler = [SAMPLER[name] for name in ("cfg", "sampler_name", "scheduler")]
-
-    def plain(steps):
-        comfy_nodes.common_ksampler(model, 0, steps, *sampler, positive, positive, latent)
-
-    whole, memory = options.blocks == 38 and options.hidden == 3072, {}
+    whole, memory = is_whole(options), {}
     plain(1)
     step, _ = per_step(plain)
-    yield say(Row(f"a plain step at {options.side} x {options.side}", f"{1e3 * step:.0f} ms", ""))
+    yield Row(f"a plain step at {options.side} x {options.side}", f"{1e3 * step:.0f} ms", "")
     for place, (share, bar) in PLACES.items():
         calibration_nodes.SHARE_OF_ROOM = share
 
@@ -120,14 +150,14 @@ def rows(options):
         with Peak(os.getpid()) as memory[place]:
             seconds, output = per_step(record)
         met = (f"<= {bar} x", seconds / step <= bar) if whole else ("", None)
-        yield say(Row(f"recorded, {place}", f"{1e3 * seconds:.0f} ms", "a plain step", f"{seconds / step:.2f} x", *met))
+        yield Row(f"recorded, {place}", f"{1e3 * seconds:.0f} ms", "a plain step", f"{seconds / step:.2f} x", *met)
         calibration = output.args[0]
         start = time.perf_counter()
         record(1)
-        yield say(Row("the same: the whole node, one step", f"{time.perf_counter() - start:.1f} s", peak()))
+        yield Row("the same: the whole node, one step", f"{time.perf_counter() - start:.1f} s", peak())
     size = f"{calibration.nbytes / 1e9:.1f} GB"
-    yield say(Row(f"the calibration of {len(calibration.layers)} layers", size, ""))
-    yield say(bad_input_row(inputs))
+    yield Row(f"the calibration of {len(calibration.layers)} layers", size, "")
+    yield bad_input_row(inputs)
     bars = {"calibrated": ROUND_SECONDS} if whole else {}
     for rounding in ("nearest", "calibrated"):
         start = time.perf_counter()
@@ -137,13 +167,13 @@ def rows(options):
         seconds = time.perf_counter() - start
         bar = bars.get(rounding)
         met = (f"<= {bar} s", seconds <= bar) if bar else ("", None)
-        yield say(Row(f"the node Quantize, {rounding}", f"{seconds:.1f} s", "", "", *met))
+        yield Row(f"the node Quantize, {rounding}", f"{seconds:.1f} s", "", "", *met)
     for place in PLACES:
         peak_bytes = max(memory[place].bytes, memory["calibrated"].bytes)
         more = peak_bytes - memory["nearest"].bytes
         met = (f"<= {MEMORY_BAR / 1e9:g} GB more", more <= MEMORY_BAR) if whole and place in BARRED else ("", None)
         texts = f"{peak_bytes / 1e9:.1f} GB", f"nearest {memory['nearest'].bytes / 1e9:.1f} GB", f"{more / 1e9:+.1f} GB"
-        yield say(Row(f"anonymous main memory at the peak, {place}", *texts, *met))
+        yield Row(f"anonymous main memory at the peak, {place}", *texts, *met)
 
 
 def bad_input_row(inputs):

@@ -9,7 +9,6 @@ and no lower limit on a container. What is left includes the system's copies of 
 GPU's memory free. The model's file and the result need 50 GB of disk.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import torch
 from comfyui.graph import Graph
 from comfyui.pack import quantize, save
 from comfyui.server import ComfyUIServer, ExecutionError, ServerError
-from measure import Peak, Row, say, table
+from measure import Peak, Row
 from safetensors.torch import save_file
 
 STEPS, TIMEOUT = 16, 900
@@ -33,18 +32,12 @@ HOLD = "import sys; held = b'x' * int(sys.argv[1]); print('held', flush=True); s
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=38, help="single blocks; half as many double ones")
-    parser.add_argument("--hidden", type=int, default=3072)
-    parser.add_argument("--side", type=int, default=1024, help="of the image, in pixels")
+    parser = gpu_flux.options_parser(__doc__)
     parser.add_argument("--memory", type=float, default=32, help="GB of main memory that are left")
     parser.add_argument("--vram", type=float, default=24, help="GB of the GPU's memory that ComfyUI may use")
     options = parser.parse_args(gpu_flux.ARGUMENTS)
-    print("## Calibrating with little memory\n")
-    print(f"{gpu_flux.device_name()}, torch {torch.__version__}, ComfyUI {gpu_flux.VERSION}.\n")
-    print(f"    {' '.join(['python tests/benchmarks/gpu_small_machine.py', *gpu_flux.ARGUMENTS])}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        print(table(map(say, rows(options, Path(folder)))), flush=True)
+        gpu_flux.print_section("Calibrating with little memory", __file__, rows(options, Path(folder)))
 
 
 def rows(options, folder):
