@@ -1,5 +1,6 @@
 """Short ways to write graphs with the pack's nodes, and to read their results."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ NEW = (0, 4)
 """The first version that reads inline entries and E5M2."""
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+_numbers = itertools.count(1)
 
 
 def write_landscapes(path):
@@ -105,7 +108,7 @@ class Bench:
 
     def keep(self, graph, value, **kind):
         """Add a node that saves a latent exactly, for ``run``. conditioning=True, as_="image": another type."""
-        name = f"kept_{len(graph.prompt)}.safetensors"
+        name = f"kept_{next(_numbers)}.safetensors"  # never the same: ComfyUI may remember that a node saved it
         if "conditioning" in kind:
             return graph.add("TestSaveConditioning", name=name, conditioning=value)
         return graph.add("TestSaveTensor", name=name, **{kind.get("as_", "latent"): value})
