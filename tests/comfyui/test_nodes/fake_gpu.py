@@ -103,7 +103,7 @@ class Pack:
 
 
 def _weights(network, layers, kind):
-    tensors = {name: network.tensor(name).to(torch.bfloat16, copy=True) for name in network.tensors}
+    tensors = {name: network.tensor(name).to("cpu", torch.bfloat16, copy=True) for name in network.tensors}
     if kind == "32 bits":
         tensors |= {name: 1.0001 * tensors[name].float() for name in layers}
         tensors |= {name: tensors[name].bfloat16().float() for name in layers[::2]}
