@@ -7,6 +7,7 @@ Peers: comfy-kitchen where it is installed or can be, ComfyUI's comfy.float wher
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import statistics
 import sys
@@ -87,7 +88,7 @@ def peer_rows(x):
     ours = launches(rounding_pass(x))
     scale = x.abs().amax().float() / LARGEST
     contestants = {
-        f"{peers.KITCHEN}, as ComfyUI calls it": (kitchen(x, scale), 7),
+        f"{kitchen_name()}, as ComfyUI calls it": (kitchen(x, scale), 7),
         "comfy.float": (comfy(x, scale), None),
         "scaled RNE cast in PyTorch": (lambda: (x.float() / scale).to(torch.float8_e4m3fn), None),
         "this pack's PyTorch fallback": (rounding_pass(x, backend=reference), None),
@@ -228,6 +229,13 @@ def kitchen_module():
     if not module.list_backends()["cuda"]["available"]:
         raise Absent("its CUDA kernels do not load here")
     return module
+
+
+def kitchen_name():
+    try:
+        return f"comfy-kitchen=={importlib.metadata.version('comfy-kitchen')}"
+    except importlib.metadata.PackageNotFoundError:
+        return peers.KITCHEN
 
 
 def comfy(x, scale):
