@@ -25,7 +25,7 @@ from .devices import pinned
 from .files import new_path, output_folder, path_fingerprint, prefix_problem
 from .live import files_output
 from .models import diffusion_network
-from .networks import Network
+from .networks import Network, own_buffers
 from .options import LARGEST_SEED, calibration_input, sampler_inputs, scene_inputs, seed_input
 from .progress import JobProgress, one_bar
 from .schema import CATEGORY, FP8Calibration, newer
@@ -148,7 +148,7 @@ class StochasticFP8Calibrate(io.ComfyNode):
         inference = network.patcher.memory_required(list(latent_image["samples"].shape))
         source = f"{type(model.model).__name__}, {display.count(runs, 'run')} of {display.count(steps, 'step')}"
         with new_recorder(inference) as recorder:
-            with recording(network, recorder), one_bar(runs, "run") as bar:
+            with recording(network, recorder), own_buffers(model), one_bar(runs, "run") as bar:
                 for run in range(runs):
                     bar.part = run
                     log.info("calibration: run %d of %d", run + 1, runs)

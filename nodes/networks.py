@@ -389,6 +389,21 @@ def without_object_patches(patcher) -> Iterator[None]:
             comfy.utils.set_attr(patcher.model, path, patch)
 
 
+@contextmanager
+def own_buffers(patcher) -> Iterator[None]:
+    """Every object patch keeps its buffers, such as the noise levels of a sampling, when the block loads the model.
+
+    With dynamic VRAM, ComfyUI 0.33.0 keeps a loaded model's buffers by name. At the next load it puts them into what
+    has the name by then, which another object patch may have taken (its issue 16490). They go back before that.
+    """
+    put_back = getattr(patcher, "restore_loaded_backups", lambda: None)
+    put_back()
+    try:
+        yield
+    finally:
+        put_back()
+
+
 def plain_settings(config) -> dict:
     """The settings in a model configuration's `unet_config` that JSON can hold: not the dtype."""
     return {key: value for key, value in config.unet_config.items() if isinstance(value, (str, int, float, bool, list))}

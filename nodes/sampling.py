@@ -14,7 +14,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 
 from ..kernels import display
-from .networks import ModelError, Network
+from .networks import ModelError, Network, own_buffers
 from .options import LARGEST_SEED
 from .progress import TimeLeft
 
@@ -42,22 +42,23 @@ class Sampler:
         """
         latent = self.latent_image
         image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **_downscaling(latent))
-        samples = comfy.sample.sample(
-            model,
-            comfy.sample.prepare_noise(image, seed % (LARGEST_SEED + 1), latent.get("batch_index")),
-            self.steps,
-            self.cfg,
-            self.sampler_name,
-            self.scheduler,
-            self.positive,
-            self.negative,
-            image,
-            denoise=self.denoise,
-            noise_mask=latent.get("noise_mask"),
-            callback=lambda *_: on_step(),
-            disable_pbar=True,
-            seed=seed % (LARGEST_SEED + 1),
-        )
+        with own_buffers(model):
+            samples = comfy.sample.sample(
+                model,
+                comfy.sample.prepare_noise(image, seed % (LARGEST_SEED + 1), latent.get("batch_index")),
+                self.steps,
+                self.cfg,
+                self.sampler_name,
+                self.scheduler,
+                self.positive,
+                self.negative,
+                image,
+                denoise=self.denoise,
+                noise_mask=latent.get("noise_mask"),
+                callback=lambda *_: on_step(),
+                disable_pbar=True,
+                seed=seed % (LARGEST_SEED + 1),
+            )
         parts = [part.float().cpu() for part in (samples.unbind() if samples.is_nested else [samples])]
         if not all(bool(part.isfinite().all()) for part in parts):
             raise ModelError(

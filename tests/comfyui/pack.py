@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import tiny_models
 import torch
 from comfyui.graph import Graph
@@ -105,6 +106,12 @@ class Bench:
         if name in FAMILIES:
             name = self.model_file(name).name
         return graph.add("UNETLoader", unet_name=str(name), weight_dtype=weight_dtype)
+
+    def load_dynamic(self, graph, name):
+        """The same as ComfyUI handles it with dynamic VRAM. Skips where it cannot."""
+        if "TestDynamicModel" not in self.server.object_info() or not (self.exact or self.dynamic_vram):
+            pytest.skip("this ComfyUI has no dynamic VRAM")
+        return graph.add("TestDynamicModel", model=self.load(graph, name))
 
     def keep(self, graph, value, **kind):
         """Add a node that saves a latent exactly, for ``run``. conditioning=True, as_="image": another type."""

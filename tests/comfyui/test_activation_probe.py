@@ -53,6 +53,18 @@ def test_it_finds_the_block_that_was_changed(bench):
     assert hooks_on(bench, "day") == 0
 
 
+def test_every_render_has_the_noise_levels_of_its_model(bench):
+    """With dynamic VRAM, ComfyUI puts those of the model that was loaded before into the next one."""
+    graph = Graph()
+    model, *prompts = scene_of(graph, bench.load_dynamic(graph, "sd3"))
+    bench.run(graph, bench.keep(graph, graph.sample(model, *prompts, latent_of(graph), seed=1)))  # it stays loaded
+    graph = Graph()
+    scene = scene_of(graph, bench.load_dynamic(graph, "sd3"))
+    shifted = graph.add("ModelSamplingSD3", model=scene[0], shift=7.0)
+    differences, _, _ = probed(bench, graph, probe(graph, shifted, shifted, scene))
+    assert set(differences.values()) == {0}
+
+
 def test_a_quantized_model_differs_and_the_same_model_does_not(bench):
     graph = Graph()
     scene = scene_of(graph)

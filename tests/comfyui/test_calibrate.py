@@ -96,6 +96,28 @@ def test_calibrating_gives_the_samplers_latents_and_leaves_no_hooks(bench):
     assert torch.equal(first, second)
 
 
+def test_every_run_has_the_noise_levels_of_its_model(bench):
+    """With dynamic VRAM, ComfyUI puts those of the model that was loaded before into the next one."""
+
+    def scene(graph, model, shift=False):
+        prompt = graph.add("TestRandomConditioning", seed=1, tokens=8, width=64, pooled_width=64)
+        latent = graph.add("EmptySD3LatentImage", width=128, height=128, batch_size=1)
+        return (graph.add("ModelSamplingSD3", model=model, shift=7.0) if shift else model), prompt, latent
+
+    def sampled(load, seed, **shift):
+        graph = Graph()
+        model, prompt, latent = scene(graph, load(graph, "sd3"), **shift)
+        return bench.run(graph, bench.keep(graph, graph.sample(model, prompt, prompt, latent, seed=seed)))
+
+    expected, unshifted = sampled(bench.load, 8, shift=True), sampled(bench.load, 9)
+    sampled(bench.load_dynamic, 6)  # it stays loaded
+    graph = Graph()
+    model, prompt, latent = scene(graph, bench.load_dynamic(graph, "sd3"), shift=True)
+    node = calibrate(graph, (model, prompt, prompt), latent, seed=7, runs=2, cfg=1.0)
+    assert torch.equal(bench.run(graph, bench.keep(graph, node[1])), expected)
+    assert torch.equal(sampled(bench.load_dynamic, 9), unshifted)
+
+
 def observed(bench, share=None, lora=None):
     """(recorded layers, how the model was loaded) for two steps of a model of which a share is loaded."""
     if share is not None and bench.dynamic_vram:

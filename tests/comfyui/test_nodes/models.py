@@ -5,6 +5,7 @@ import hashlib
 import json
 import types
 
+import comfy.model_patcher
 import torch
 from comfy.model_management import unload_all_models
 
@@ -257,6 +258,31 @@ class LowVramModel:
         return (limited,)
 
 
+class DynamicModel:
+    """A MODEL with the patcher that ComfyUI takes with dynamic VRAM; on the CPU without what fetches weights there."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        if model.is_dynamic():
+            return (model,)
+        host_buffer = types.SimpleNamespace(HostBuffer=lambda *sizes: types.SimpleNamespace(size=0))
+        comfy.model_patcher.comfy_aimdo = types.SimpleNamespace(host_buffer=host_buffer)
+        base = comfy.model_patcher.ModelPatcherDynamic
+        members = {
+            "__new__": lambda cls, *arguments, **keywords: object.__new__(cls),
+            "partially_unload": lambda self, *arguments, **keywords: self.restore_loaded_backups(),
+        }
+        patcher = type("DynamicOnCPU", (base,), members)
+        return (patcher(model.model, model.load_device, model.offload_device),)
+
+
 class LoadState:
     """How many of a MODEL's Linear layers ComfyUI left behind when loading, and how many it patches at each use."""
 
@@ -289,5 +315,6 @@ NODES = (
     ScaledClipL,
     HalvingModel,
     LowVramModel,
+    *([DynamicModel] if hasattr(comfy.model_patcher, "ModelPatcherDynamic") else []),
     LoadState,
 )
