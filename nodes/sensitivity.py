@@ -141,11 +141,12 @@ class Measurement:
 
     def run(self) -> Sensitivity:
         """The effect of every layer that is used. Raises ModelError where no layer has any."""
-        groups = _blocks(self._names)
-        steps = self._short.steps * (1 + len(groups) + sum(len(group) for group in groups if len(group) > 1))
-        self._progress = RenderProgress(steps + self._long.steps * (1 + len(self._roundings) * LONG_BLOCKS))
+        most = self._steps_of(_blocks(self._names))
+        long = self._long.steps * (1 + len(self._roundings) * LONG_BLOCKS)
+        self._progress = RenderProgress(self._short.steps + most + long)
         used = self._render_originals()
         groups = _blocks([name for name in self._names if name in used])
+        self._progress.skip(most - self._steps_of(groups))
         changes = {tuple(group): self._change(self._short, group) for group in groups}
         if not any(changes.values()):
             raise ModelError(
@@ -172,6 +173,10 @@ class Measurement:
         )
         self._log(changes, sensitivity)
         return sensitivity
+
+    def _steps_of(self, groups: Sequence[Sequence[str]]) -> int:
+        """Steps to measure these blocks, and each of their layers, in short renders."""
+        return self._short.steps * (len(groups) + sum(len(group) for group in groups if len(group) > 1))
 
     def _gain(self, rounding: str, groups: Sequence[tuple[str, ...]], layers: dict[str, LayerEffect]) -> float | None:
         """What a block changes in long renders, over the sum of its layers' effects, both relative to the power: the

@@ -245,6 +245,26 @@ def test_a_cancel_leaves_no_hook(bench):
     assert hooks_on(bench, "night") == 0
 
 
+def test_layers_without_use_are_left_out_of_result_and_bar(bench):
+    graph = Graph()
+    scene = scene_of(graph)
+    idle = graph.add("TestIdleLayers", model=scene[0])
+    node = measure(graph, (idle, *scene[1:]), latent_of(graph))
+    saver = graph.add("StochasticFP8SaveCalibration", calibration=node, filename_prefix="idle")
+    shown = graph.add("TestShowText", value=saver)
+    bars = []
+
+    def note(kind, data):
+        if kind == "progress" and data["node"] == node.id:
+            bars.append((data["value"], data["max"]))
+
+    outputs = bench.server.queue(graph.prompt, on_event=note)["outputs"]
+    file = json.loads(outputs[shown.id]["text"][0])
+    found = load_calibration(bench.server.output / "fp8_calibrations" / file)
+    assert not any("idle" in name for name in found.sensitivity.layers) and len(found.sensitivity.layers) == 34
+    assert bars[-1][0] == bars[-1][1]
+
+
 def test_one_bar_counts_the_steps_of_all_renders(bench):
     graph = Graph()
     calibration = measure(graph, scene_of(graph), latent_of(graph), seed=9)

@@ -172,6 +172,24 @@ class UnlinearModel:
         return (model,)
 
 
+class IdleLayers:
+    """A MODEL with two more Linear layers, which its network does not use."""
+
+    CATEGORY = "tests"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model):
+        network = model.model.diffusion_model
+        layers = [type(network.context_embedder)(64, 64, dtype=model.model.get_dtype()) for _ in range(2)]
+        network.idle_blocks = torch.nn.ModuleList(torch.nn.Sequential(layer) for layer in layers)
+        return (model,)
+
+
 class ScaledClipL:
     """A CLIP whose CLIP-L is in scaled FP8, which no loader of ComfyUI makes."""
 
@@ -312,6 +330,7 @@ NODES = (
     UnloadedModel,
     BoundModel,
     UnfamiliarModel,
+    IdleLayers,
     ScaledClipL,
     HalvingModel,
     LowVramModel,
