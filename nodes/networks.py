@@ -394,7 +394,8 @@ def own_buffers(patcher) -> Iterator[None]:
     """Every object patch keeps its buffers, such as the noise levels of a sampling, when the block loads the model.
 
     With dynamic VRAM, ComfyUI 0.33.0 keeps a loaded model's buffers by name. At the next load it puts them into what
-    has the name by then, which another object patch may have taken (its issue 16490). They go back before that.
+    has the name by then, which another object patch may have taken (its issue 16490). This puts them back before that
+    load, with the small weights that ComfyUI had moved to the GPU. What it mixed up earlier stays so.
     """
     put_back = getattr(patcher, "restore_loaded_backups", lambda: None)
     put_back()

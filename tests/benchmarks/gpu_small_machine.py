@@ -4,10 +4,10 @@ COMFYUI_DIR=... COMFYUI_PYTHON=... python tests/benchmarks/gpu_small_machine.py 
 python tests/benchmarks/gpu_small_machine.py --memory 24 --vram 16                  # GB
 python tests/benchmarks/gpu_small_machine.py --blocks 2                             # a part of the model
 
-Other processes hold the rest of the main memory, which the system cannot take back from them: there must be no swap,
-no lower limit on a container, and no memory that a virtual machine gets only once it uses it. What is left includes the
-system's copies of files. Where it does not suffice, the system ends ComfyUI. ComfyUI keeps the rest of the GPU's memory
-free. The model's file and the result need 50 GB of disk.
+Other processes hold the rest of the main memory. This needs a machine without swap, without a lower container limit,
+and without memory ballooning. What is left includes the system's copies of files. If it is too small, the
+out-of-memory killer ends ComfyUI. ComfyUI is told to keep the rest of the GPU's memory free. The model's file and the
+result need 50 GB of disk.
 """
 
 import os
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import gpu_flux  # isort: skip  (it brings ComfyUI)
@@ -36,7 +37,7 @@ def main():
     parser = gpu_flux.options_parser(__doc__)
     parser.add_argument("--memory", type=float, default=32, help="GB of main memory that are left")
     parser.add_argument("--vram", type=float, default=24, help="GB of the GPU's memory that ComfyUI may use")
-    parser.add_argument("--steps", type=int, default=16, help="that are recorded")
+    parser.add_argument("--steps", type=int, default=16, help="recorded steps")
     options = parser.parse_args(gpu_flux.ARGUMENTS)
     with tempfile.TemporaryDirectory() as folder:
         gpu_flux.print_section("Calibrating with little memory", __file__, rows(options, Path(folder)))
@@ -78,10 +79,12 @@ def graph_row(server, rounding, options):
     with Peak(server.pid) as peak:
         try:
             server.queue(graph.prompt, timeout=TIMEOUT)
-        except (ExecutionError, ServerError, OSError) as error:
-            return Row(f"{rounding}: {what}", "failed", str(error).splitlines()[-1][:200], "", "finishes", False)
-    for path in server.output.rglob("*.safetensors"):
-        path.unlink()
+        except (ExecutionError, ServerError, OSError, HTTPException) as error:
+            reason = (str(error).splitlines() or [repr(error)])[-1][:200]
+            return Row(f"{rounding}: {what}", "failed", reason, "", "finishes", False)
+        finally:
+            for path in server.output.rglob("*.safetensors"):
+                path.unlink()
     seconds = f"{time.perf_counter() - start:.0f} s"
     return Row(f"{rounding}: {what}", seconds, f"anonymous memory {peak.bytes / 1e9:.1f} GB", "", "finishes", True)
 

@@ -108,14 +108,14 @@ class Bench:
         return graph.add("UNETLoader", unet_name=str(name), weight_dtype=weight_dtype)
 
     def load_dynamic(self, graph, name):
-        """The same as ComfyUI handles it with dynamic VRAM. Skips where it cannot."""
+        """`load`, with ComfyUI's patcher for dynamic VRAM. Skips the test where ComfyUI has none."""
         if "TestDynamicModel" not in self.server.object_info() or not (self.exact or self.dynamic_vram):
             pytest.skip("this ComfyUI has no dynamic VRAM")
         return graph.add("TestDynamicModel", model=self.load(graph, name))
 
     def keep(self, graph, value, **kind):
         """Add a node that saves a latent exactly, for ``run``. conditioning=True, as_="image": another type."""
-        name = f"kept_{next(_numbers)}.safetensors"  # never the same: ComfyUI may remember that a node saved it
+        name = f"kept_{next(_numbers)}.safetensors"  # unique: ComfyUI may reuse a result instead of saving it
         if "conditioning" in kind:
             return graph.add("TestSaveConditioning", name=name, conditioning=value)
         return graph.add("TestSaveTensor", name=name, **{kind.get("as_", "latent"): value})

@@ -149,7 +149,7 @@ def test_functions_bound_to_the_network_run_the_quantized_weights(bench, way):
 def test_the_sampling_of_a_loaded_model_is_carried_over(bench):
     """While a model is loaded, ComfyUI keeps its object patches in the model itself.
 
-    With dynamic VRAM it gives them the noise levels with which the model was loaded before: each is loaded with one.
+    With dynamic VRAM, it mixes up the noise levels of samplings that one network is loaded with: each has its own.
     """
 
     def shifted(graph, model):
@@ -159,7 +159,7 @@ def test_the_sampling_of_a_loaded_model_is_carried_over(bench):
     graph = Graph()
     bench.keep(graph, FAMILIES["sd3"].sample(graph, shifted(graph, bench.load(graph, "carried.safetensors"))))
     bench.server.queue(graph.prompt)
-    graph = Graph()
+    graph = Graph()  # other seeds, so that ComfyUI does not give two nodes one result
     before = quantize(graph, shifted(graph, bench.load(graph, "carried.safetensors")), **NEAREST)
     after = shifted(graph, quantize(graph, bench.load(graph, "carried.safetensors"), **NEAREST, seed=1))
     plain = quantize(graph, bench.load(graph, "carried.safetensors"), **NEAREST, seed=2)

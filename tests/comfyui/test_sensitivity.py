@@ -246,10 +246,10 @@ def test_a_cancel_leaves_no_hook(bench):
 
 
 def test_layers_without_use_are_left_out_of_result_and_bar(bench):
+    file = bench.place("idle.safetensors", load_file(LANDSCAPES))  # its network is changed
     graph = Graph()
-    scene = scene_of(graph)
-    idle = graph.add("TestIdleLayers", model=scene[0])
-    node = measure(graph, (idle, *scene[1:]), latent_of(graph))
+    scene = scene_of(graph, graph.add("TestIdleLayers", model=bench.load(graph, file)))
+    node = measure(graph, scene, latent_of(graph))
     saver = graph.add("StochasticFP8SaveCalibration", calibration=node, filename_prefix="idle")
     shown = graph.add("TestShowText", value=saver)
     bars = []

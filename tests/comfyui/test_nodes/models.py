@@ -186,6 +186,8 @@ class IdleLayers:
     def make(self, model):
         network = model.model.diffusion_model
         layers = [type(network.context_embedder)(64, 64, dtype=model.model.get_dtype()) for _ in range(2)]
+        for tensor in (tensor for layer in layers for tensor in layer.parameters()):
+            torch.nn.init.constant_(tensor, 0.5)  # ComfyUI's layers begin with whatever the memory holds
         network.idle_blocks = torch.nn.ModuleList(torch.nn.Sequential(layer) for layer in layers)
         return (model,)
 
@@ -277,7 +279,7 @@ class LowVramModel:
 
 
 class DynamicModel:
-    """A MODEL with the patcher that ComfyUI takes with dynamic VRAM; on the CPU without what fetches weights there."""
+    """A MODEL with ComfyUI's patcher for dynamic VRAM. On the CPU, without the parts that load weights onto a GPU."""
 
     CATEGORY = "tests"
     RETURN_TYPES = ("MODEL",)
