@@ -79,7 +79,7 @@ def layer_memory(rounding, out, width):
     """Round one random bf16 layer with recorded inputs. `anonymous`: the peak of memory that no file backs."""
     import conftest  # noqa: F401
     import torch
-    from measure import Peak
+    from measure import anonymous_peak
     from stochastic_fp8_pack.kernels import Recipe
     from stochastic_fp8_pack.kernels.calibration.mapped import mapped_memory
     from stochastic_fp8_pack.kernels.calibration.recorder import ActivationRecorder
@@ -89,7 +89,7 @@ def layer_memory(rounding, out, width):
         recorder = ActivationRecorder(store=partial(mapped_memory, Path(folder)))
         recorder.observe("weight", torch.randn(4096, int(width)))
         weight, calibration = torch.randn(int(out), int(width)).bfloat16(), recorder.result()
-        with Peak(os.getpid()) as peak:
+        with anonymous_peak(os.getpid()) as peak:
             quantize_weight(weight, "weight", Recipe(rounding=rounding), calibration)
     return {"anonymous": peak.bytes}
 

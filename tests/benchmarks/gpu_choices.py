@@ -60,23 +60,15 @@ def rows(options):
 def rows_of(name, scene, model, reference):
     """Time per step by batch size, the memory of all of the GPU, and the relative RMS change of the latents."""
     free_all()
-    before = used()
+    before = gpu_flux.used_memory()
     for batch in BATCHES:
         scene.sample(model, 1, batch)
         step, _ = gpu_flux.per_step(partial(scene.sample, model, batch=batch))
-        more = f"{(used() - before) / 1e9:.1f} GB of GPU memory"
+        more = f"{(gpu_flux.used_memory() - before) / 1e9:.1f} GB of GPU memory"
         yield Row(f"{name}: a step, batch {batch}", f"{1e3 * step:.0f} ms", more)
     change = scene.sample(model, RENDERED_STEPS) - reference
     error = (change.square().mean() / reference.square().mean()).sqrt().item()
     yield Row(f"{name}: change of the latents", f"{error:.4f}", "of bf16's, RMS")
-
-
-def used():
-    """Bytes of the GPU that are in use, by whatever allocator."""
-    if gpu_flux.GPU.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
 
 
 def free_all():

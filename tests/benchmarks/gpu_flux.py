@@ -46,7 +46,7 @@ import nodes as comfy_nodes  # noqa: E402
 server.PromptServer(asyncio.new_event_loop())  # the nodes add their routes to it
 
 from comfyui_version import __version__ as VERSION  # noqa: E402
-from measure import Peak, Row, say, table  # noqa: E402
+from measure import Row, anonymous_peak, say, table  # noqa: E402
 from stochastic_fp8_pack.kernels.errors import ActivationError  # noqa: E402
 from stochastic_fp8_pack.nodes import calibration as calibration_nodes  # noqa: E402
 from stochastic_fp8_pack.nodes.quantize_model import StochasticFP8Quantize  # noqa: E402
@@ -147,7 +147,7 @@ def rows(options):
             return calibration_nodes.StochasticFP8Calibrate.execute(**inputs, seed=0, steps=steps, runs=1, **SAMPLER)
 
         reset_peak()
-        with Peak(os.getpid()) as memory[place]:
+        with anonymous_peak(os.getpid()) as memory[place]:
             seconds, output = per_step(record)
         met = (f"<= {bar} x", seconds / step <= bar) if whole else ("", None)
         yield Row(f"recorded, {place}", f"{1e3 * seconds:.0f} ms", "a plain step", f"{seconds / step:.2f} x", *met)
@@ -162,7 +162,7 @@ def rows(options):
     for rounding in ("nearest", "calibrated"):
         start = time.perf_counter()
         choices = {"format": "float8_e4m3fn", "scaling": "absmax", "seed": 0, "layers": "all_linear"}
-        with Peak(os.getpid()) as memory[rounding]:
+        with anonymous_peak(os.getpid()) as memory[rounding]:
             StochasticFP8Quantize.execute(model, rounding=rounding, calibration=calibration, **choices)
         seconds = time.perf_counter() - start
         bar = bars.get(rounding)
@@ -209,6 +209,14 @@ def per_step(run):
     finally:
         latent_preview.prepare_callback = prepare
     return (ends[-1] - ends[FEW - 1]) / (MANY - FEW), result
+
+
+def used_memory():
+    """Bytes of the GPU that are in use, by whatever program and allocator."""
+    if GPU.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def synchronize():

@@ -25,7 +25,7 @@ import torch
 from comfyui.graph import Graph
 from comfyui.pack import quantize, save
 from comfyui.server import ComfyUIServer, ExecutionError, ServerError
-from measure import Peak, Row
+from measure import Peak, Row, anonymous_peak
 from safetensors.torch import save_file
 
 TIMEOUT = 900
@@ -76,7 +76,8 @@ def graph_row(server, rounding, options):
     save(graph, rounding, model=quantize(graph, model, rounding=rounding, layers="all_linear", **choices))
     start = time.perf_counter()
     what = f"load, calibrate {options.steps} steps, quantize, save" if choices else "load, quantize, save"
-    with Peak(server.pid) as peak:
+    before = gpu_flux.used_memory()
+    with anonymous_peak(server.pid) as main, Peak(gpu_flux.used_memory) as gpu:
         try:
             server.queue(graph.prompt, timeout=TIMEOUT)
         except (ExecutionError, ServerError, OSError, HTTPException) as error:
@@ -86,7 +87,8 @@ def graph_row(server, rounding, options):
             for path in server.output.rglob("*.safetensors"):
                 path.unlink()
     seconds = f"{time.perf_counter() - start:.0f} s"
-    return Row(f"{rounding}: {what}", seconds, f"anonymous memory {peak.bytes / 1e9:.1f} GB", "", "finishes", True)
+    peaks = f"anonymous memory {main.bytes / 1e9:.1f} GB, GPU {max(0, gpu.bytes - before) / 1e9:.1f} GB"
+    return Row(f"{rounding}: {what}", seconds, peaks, "", "finishes", True)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -108,13 +109,13 @@ def in_child(job, *arguments):
 
 
 class Peak:
-    """The largest anonymous memory of a process while the block runs, in bytes: what no file backs."""
+    """The largest of the numbers that `read` gives while the block runs, in bytes."""
 
     SECONDS_BETWEEN_SAMPLES = 0.02
 
-    def __init__(self, pid):
+    def __init__(self, read):
         self.bytes = 0
-        self._status, self._end = Path(f"/proc/{pid}/status"), threading.Event()
+        self._read, self._end = read, threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
     def __enter__(self):
@@ -127,12 +128,21 @@ class Peak:
 
     def _sample(self):
         while not self._end.wait(self.SECONDS_BETWEEN_SAMPLES):
-            try:
-                found = re.search(r"RssAnon:\s+(\d+) kB", self._status.read_text())
-            except OSError:  # it ended
-                return
-            if found:
-                self.bytes = max(self.bytes, 1024 * int(found[1]))
+            self.bytes = max(self.bytes, self._read())
+
+
+def anonymous_peak(pid):
+    """The peak of a process's anonymous memory: what no file backs."""
+    return Peak(partial(_anonymous_memory, pid))
+
+
+def _anonymous_memory(pid):
+    """In bytes; 0 once the process has ended."""
+    try:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else 0
 
 
 def machine():

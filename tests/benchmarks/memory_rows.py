@@ -12,7 +12,7 @@ import tiny_models
 from comfyui.graph import Graph
 from comfyui.pack import Bench, quantize
 from comfyui.server import ComfyUIServer
-from measure import Peak, Row, in_child
+from measure import Row, anonymous_peak, in_child
 from quality_rows import TIMEOUT, calibrate
 from stochastic_fp8_pack.kernels.calibration.moments import moment_size
 
@@ -68,10 +68,10 @@ def stage_peaks(shapes, rounding, environment):
         else:
             rendered = graph.sample(model, text, text, latent, **SAMPLER)
         bench.keep(graph, rendered)
-        with Peak(server.pid) as peaks["record"]:
+        with anonymous_peak(server.pid) as peaks["record"]:
             server.queue(graph.prompt, timeout=TIMEOUT)
         bench.keep(graph, graph.sample(quantize(graph, model, **choices), text, text, rendered, **SAMPLER))
-        with Peak(server.pid) as peaks["quantize"]:  # ComfyUI does not record again
+        with anonymous_peak(server.pid) as peaks["quantize"]:  # ComfyUI does not record again
             server.queue(graph.prompt, timeout=TIMEOUT)
         return {stage: peak.bytes for stage, peak in peaks.items()}
 
