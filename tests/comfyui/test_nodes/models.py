@@ -32,8 +32,8 @@ class ModelDigest:
         return {"ui": {"text": [json.dumps(digest.hexdigest())]}}
 
 
-class ForeignModel:
-    """A copy of a MODEL whose Linear weights are of a tensor class of their own, as GGUF loaders make them."""
+class ModelToModel:
+    """What is common to the nodes that take a MODEL and make one."""
 
     CATEGORY = "tests"
     RETURN_TYPES = ("MODEL",)
@@ -42,6 +42,10 @@ class ForeignModel:
     @classmethod
     def INPUT_TYPES(cls):
         return {"required": {"model": ("MODEL",)}}
+
+
+class ForeignModel(ModelToModel):
+    """A copy of a MODEL whose Linear weights are of a tensor class of their own, as GGUF loaders make them."""
 
     def make(self, model):
         for module in model.model.diffusion_model.modules():
@@ -52,16 +56,8 @@ class ForeignModel:
         return (model,)
 
 
-class UnloadedModel:
+class UnloadedModel(ModelToModel):
     """A MODEL as "Unload Models" leaves it on a GPU: weights made in inference mode and moved outside of it."""
-
-    CATEGORY = "tests"
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "make"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
 
     def make(self, model):
         with torch.inference_mode(False):
@@ -154,16 +150,8 @@ class GGMLTensor(torch.Tensor):
     """Stands for the class of the same name in GGUF packs."""
 
 
-class UnlinearModel:
+class UnlinearModel(ModelToModel):
     """A MODEL without a single Linear layer that FP8 could take: every one is another class now."""
-
-    CATEGORY = "tests"
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "make"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
 
     def make(self, model):
         for module in model.model.diffusion_model.modules():
@@ -172,23 +160,16 @@ class UnlinearModel:
         return (model,)
 
 
-class IdleLayers:
+class IdleLayers(ModelToModel):
     """A MODEL with two more Linear layers, which its network does not use."""
-
-    CATEGORY = "tests"
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "make"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
 
     def make(self, model):
         network = model.model.diffusion_model
-        layers = [type(network.context_embedder)(64, 64, dtype=model.model.get_dtype()) for _ in range(2)]
-        for tensor in (tensor for layer in layers for tensor in layer.parameters()):
-            torch.nn.init.constant_(tensor, 0.5)  # ComfyUI's layers begin with whatever the memory holds
+        linear = type(network.context_embedder)
+        layers = [linear(64, 64, dtype=model.model.get_dtype()) for _ in range(2)]
         network.idle_blocks = torch.nn.ModuleList(torch.nn.Sequential(layer) for layer in layers)
+        for tensor in network.idle_blocks.parameters():
+            torch.nn.init.constant_(tensor, 0.5)  # ComfyUI's layers begin with whatever the memory holds
         return (model,)
 
 
@@ -278,16 +259,8 @@ class LowVramModel:
         return (limited,)
 
 
-class DynamicModel:
+class DynamicModel(ModelToModel):
     """A MODEL with ComfyUI's patcher for dynamic VRAM. On the CPU, without the parts that load weights onto a GPU."""
-
-    CATEGORY = "tests"
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "make"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
 
     def make(self, model):
         if model.is_dynamic():
